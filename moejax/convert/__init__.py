@@ -1,0 +1,1 @@
+"""Weights from Hugging Face into moejax models, one short mapping a family."""

@@ -1,0 +1,1 @@
+"""Flax modules, thin over ops."""

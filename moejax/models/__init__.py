@@ -1,0 +1,1 @@
+"""Whole models: patterns of residual sublayers, and how they write text."""

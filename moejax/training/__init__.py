@@ -1,0 +1,1 @@
+"""Loss, optimizer, state, checkpoints, metrics, evaluation, and the loop that ties them."""
