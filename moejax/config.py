@@ -39,7 +39,7 @@ class MambaConfig:
     dt_min: float = 0.001  # dt at initialisation is log-uniform in [dt_min, dt_max]
     dt_max: float = 0.1
     scan: str = "auto"  # auto, associative, reference
-    chunk_size: int = 16  # tokens scanned associatively at a time; the state is carried between chunks
+    chunk_size: int = 8  # tokens scanned associatively at a time; the state is carried between chunks
 
 
 @_config
@@ -66,10 +66,9 @@ class MoeConfig:
     num_experts: int = 8
     d_expert: int = 1024  # hidden width of one expert
     activation: str = "relu"  # relu, gelu, swiglu
-    router: str = "switch"  # switch (top-1, gate = probability), top_k (gates = the K probabilities)
-    top_k: int = 1  # experts a token
+    top_k: int = 1  # K, experts a token; a gate is the router's probability (1: the Switch router)
     capacity_factor: float = 1.25  # slots an expert has, over tokens * top_k / num_experts; 0 = never drop
-    eval_capacity_factor: float = 0.0  # the same in evaluation and generation; 0 = never drop
+    eval_capacity_factor: float = 2.0  # the same in evaluation (T5X: 2.0); generation never drops
     group_size: int = 0  # tokens among which capacity is counted; 0 = one row (data.seq_length)
     balance_weight: float = 0.01  # weight of the load-balance loss (Switch eq. 4), averaged over layers
 
@@ -244,7 +243,7 @@ def _validate_model(model: ModelConfig) -> None:
         _require(inner >= 1, f"model.mamba.expand={mamba.expand} leaves no inner channel; raise it")
         _require(
             0 < mamba.dt_min <= mamba.dt_max,
-            f"model.mamba.dt_min={mamba.dt_min} must be positive and at most model.mamba.dt_max={mamba.dt_max}; lower it",
+            f"model.mamba.dt_min={mamba.dt_min} must be positive and at most dt_max={mamba.dt_max}; lower it",
         )
         _one_of("model.mamba.scan", mamba.scan, ("auto", "associative", "reference"))
     if model.uses("attention"):
@@ -258,7 +257,7 @@ def _validate_model(model: ModelConfig) -> None:
         )
         _require(
             model.attention.rope_base > 1,
-            f"model.attention.rope_base={model.attention.rope_base} must exceed 1; raise it",
+            f"model.attention.rope_base={model.attention.rope_base} must be over 1; raise it",
         )
     if model.uses("mlp"):
         _at_least(config, 1, "model.mlp.d_ff")
@@ -275,11 +274,6 @@ def _validate_moe(moe: MoeConfig, config: Config) -> None:
         f"set top_k to {moe.num_experts} or less",
     )
     _one_of("model.moe.activation", moe.activation, ("relu", "gelu", "swiglu"))
-    _one_of("model.moe.router", moe.router, ("switch", "top_k"))
-    _require(
-        moe.router != "switch" or moe.top_k == 1,
-        f"model.moe.top_k={moe.top_k} does not go with model.moe.router=switch, which is top-1; set router=top_k",
-    )
     _at_least(config, 0, "model.moe.capacity_factor", "model.moe.eval_capacity_factor", "model.moe.group_size")
     _at_least(config, 0, "model.moe.balance_weight")
 
@@ -308,7 +302,7 @@ def _validate_data(config: Config) -> None:
     size = data.vocab_size if data.tokenizer == "bpe" else NUM_BYTES + 1
     _require(
         config.model.vocab_size >= size,
-        f"model.vocab_size={config.model.vocab_size} is smaller than the {size} tokens of data.tokenizer={data.tokenizer}; "
+        f"model.vocab_size={config.model.vocab_size} is below the {size} tokens of data.tokenizer={data.tokenizer}; "
         f"set it to {size} or more",
     )
     moe = config.model.moe
@@ -316,7 +310,7 @@ def _validate_data(config: Config) -> None:
     if config.model.uses("moe") and moe.group_size:
         _require(
             rows * data.seq_length % moe.group_size == 0,
-            f"model.moe.group_size={moe.group_size} does not divide the {rows * data.seq_length} tokens of a microbatch "
+            f"model.moe.group_size={moe.group_size} does not divide a microbatch of {rows * data.seq_length} tokens "
             f"({rows} rows of {data.seq_length}); set it to 0 or to a divisor",
         )
 
@@ -329,8 +323,8 @@ def _validate_training(config: Config) -> None:
     _require(0 < training.ema_alpha <= 1, f"training.ema_alpha={training.ema_alpha} must lie in (0, 1]; change it")
     _require(
         config.data.batch_size % training.num_microbatches == 0,
-        f"training.num_microbatches={training.num_microbatches} does not divide data.batch_size={config.data.batch_size}; "
-        "change one of them",
+        f"training.num_microbatches={training.num_microbatches} does not divide "
+        f"data.batch_size={config.data.batch_size}; change one of them",
     )
     _at_least(config, 0, "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.clip_norm")
     _fraction(config, "optimizer.beta1", "optimizer.beta2")
@@ -345,8 +339,7 @@ def _validate_training(config: Config) -> None:
         _require(size >= 1 or size == -1, f"mesh.{name}={size} must be 1 or more, or -1 for the rest; change it")
     rest = [name for name, size in sizes.items() if size == -1]
     _require(
-        len(rest) <= 1,
-        f"mesh.{rest[-1] if rest else ''}=-1 is the second axis set to -1; set one of {rest} to a number",
+        len(rest) <= 1, f"mesh has -1 for {' and '.join(rest)}; one axis can be the rest: set the others to numbers"
     )
 
 
@@ -380,7 +373,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """The inverse of `to_dict`. A field that this version does not know is an error; one it has anew keeps its default."""
+    """The inverse of `to_dict`. An unknown field is an error; a missing one keeps its default."""
     config = Config()
     _fill(config, values, "")
     validate(config)

@@ -1,0 +1,90 @@
+"""What counting alone achieves: the losses a language model must beat on the same held-out documents.
+
+The prediction problem is the model's (`packing`): each document's tokens and its end, the first token from EOT.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from moejax.data import pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Baselines:
+    """Mean loss on the held-out documents in nats a token, of estimates from the training documents."""
+
+    uniform: float  # ln(vocab_size)
+    unigram: float  # the frequency of the target, add-one smoothed
+    bigram: float  # the target given the input, see `kneser_ney`
+
+
+def compute(train: pipeline.Documents, validation: pipeline.Documents, vocab_size: int, eot: int) -> Baselines:
+    """The baselines of a corpus.
+
+    Args:
+      train: the documents to count in.
+      validation: the documents to predict.
+      vocab_size: V, tokens with a probability; `eot` is one of them.
+      eot: the id of end-of-text.
+    """
+    inputs_T, targets_T = _pairs(train, eot)
+    held_out_inputs_T, held_out_targets_T = _pairs(validation, eot)
+    count_V = np.bincount(targets_T, minlength=vocab_size)
+    unigram_V = (count_V + 1) / (len(targets_T) + vocab_size)
+    bigram_T = kneser_ney(inputs_T, targets_T, held_out_inputs_T, held_out_targets_T, vocab_size)
+    return Baselines(
+        uniform=math.log(vocab_size),
+        unigram=float(-np.log(unigram_V[held_out_targets_T]).mean()),
+        bigram=float(-np.log(bigram_T).mean()),
+    )
+
+
+def kneser_ney(
+    inputs_T: np.ndarray,
+    targets_T: np.ndarray,
+    query_inputs_Q: np.ndarray,
+    query_targets_Q: np.ndarray,
+    vocab_size: int,
+) -> np.ndarray:
+    """Interpolated Kneser-Ney bigram probabilities (Kneser & Ney 1995; Chen & Goodman 1998, Harvard TR-10-98).
+
+    With c(u, v) the count of a pair, c(u) of its input, N(u, .) and N(., v) the numbers of distinct targets of u and of
+    distinct inputs of v, and N(., .) of distinct pairs,
+
+        p(v | u) = max(c(u, v) - d, 0) / c(u)  +  d N(u, .) / c(u) * q(v),     q(v) = (N(., v) + 1) / (N(., .) + V)
+        d        = n1 / (n1 + 2 n2),                                            n_k = number of pairs that occur k times
+
+    so p(. | u) sums to 1. q is add-one smoothed, hence positive: every token has a probability. An input never seen has
+    p = q. Where no pair occurs once d would be 0, and unseen pairs impossible; then it is 1/2.
+
+    Args:
+      inputs_T, targets_T: the pairs to count.
+      query_inputs_Q, query_targets_Q: the pairs to judge.
+      vocab_size: V.
+
+    Returns:
+      p(target | input) of each queried pair, float64 of shape [Q].
+    """
+    pair_P, count_P = np.unique(inputs_T.astype(np.int64) * vocab_size + targets_T, return_counts=True)
+    once, twice = np.count_nonzero(count_P == 1), np.count_nonzero(count_P == 2)
+    discount = once / (once + 2 * twice) if once else 0.5
+    total_V = np.bincount(inputs_T, minlength=vocab_size)
+    num_targets_V = np.bincount(pair_P // vocab_size, minlength=vocab_size)
+    num_inputs_V = np.bincount(pair_P % vocab_size, minlength=vocab_size)
+    continuation_V = (num_inputs_V + 1) / (len(pair_P) + vocab_size)
+
+    query_Q = query_inputs_Q.astype(np.int64) * vocab_size + query_targets_Q
+    at_Q = np.minimum(np.searchsorted(pair_P, query_Q), len(pair_P) - 1)
+    count_Q = np.where(pair_P[at_Q] == query_Q, count_P[at_Q], 0)
+    total_Q = total_V[query_inputs_Q]
+    continuation_Q = continuation_V[query_targets_Q]
+    discounted_Q = np.maximum(count_Q - discount, 0) + discount * num_targets_V[query_inputs_Q] * continuation_Q
+    return np.where(total_Q > 0, discounted_Q / np.maximum(total_Q, 1), continuation_Q)
+
+
+def _pairs(documents: pipeline.Documents, eot: int) -> tuple[np.ndarray, np.ndarray]:
+    """(inputs, targets): one EOT before, between and after documents ends one and begins the next."""
+    stream = np.insert(documents.tokens, documents.offsets, eot)
+    return stream[:-1], stream[1:]

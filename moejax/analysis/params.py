@@ -1,0 +1,68 @@
+"""How many parameters a model has, in all and active for one token, by component. Nothing is allocated."""
+
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+
+from moejax import config as config_lib
+from moejax.layers import attention, mamba, mlp, moe
+from moejax.training import state
+
+COMPONENTS = ("embedding", "head", "norm", "mamba", "attention", "mlp", "router", "experts")
+
+
+def count(config: config_lib.ModelConfig) -> dict[str, Any]:
+    """Parameter counts of the model that this config describes.
+
+    Returns:
+      total: all parameters. active: those that take part in the output of one token: the top_k experts of each MoE
+      layer, the router whole, everything else. non_embedding_total, non_embedding_active: the same without embedding
+      and head, as MoE-Mamba's tables count. components: {component: {"total": ..., "active": ...}}.
+    """
+    model = state.abstract_model(config)
+    components = {name: {"total": 0, "active": 0} for name in COMPONENTS}
+    variables = jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    for path, variable in variables:
+        component, size = _component(model, path), math.prod(variable.shape)
+        active = size
+        if component == "experts":
+            active = size // config.moe.num_experts * config.moe.top_k
+        components[component]["total"] += size
+        components[component]["active"] += active
+    outer = ("embedding", "head")
+    return {
+        "total": sum(entry["total"] for entry in components.values()),
+        "active": sum(entry["active"] for entry in components.values()),
+        "non_embedding_total": sum(entry["total"] for name, entry in components.items() if name not in outer),
+        "non_embedding_active": sum(entry["active"] for name, entry in components.items() if name not in outer),
+        "components": components,
+    }
+
+
+def _component(model: nnx.Module, path: tuple[Any, ...]) -> str:
+    """Walks from the model to the parameter; the module that holds it says what it is."""
+    node: Any = model
+    for entry in path[:-1]:
+        node = getattr(node, entry.name) if isinstance(entry, jax.tree_util.GetAttrKey) else node[entry.idx]
+    name = path[-1].name
+    match node:
+        case mamba.Mamba():
+            return "mamba"
+        case attention.Attention():
+            return "attention"
+        case mlp.Mlp():
+            return "mlp"
+        case moe.Moe():
+            return "router" if name == "router" else "experts"
+    return name if name in ("embedding", "head") else "norm"
+
+
+def table(counts: dict[str, Any]) -> str:
+    """The counts as aligned lines of text."""
+    rows = [(name, entry["total"], entry["active"]) for name, entry in counts["components"].items() if entry["total"]]
+    rows.append(("all", counts["total"], counts["active"]))
+    rows.append(("without embedding and head", counts["non_embedding_total"], counts["non_embedding_active"]))
+    lines = [f"{'component':<28}{'total':>16}{'active':>16}"]
+    return "\n".join(lines + [f"{name:<28}{total:>16,}{active:>16,}" for name, total, active in rows])

@@ -1,0 +1,268 @@
+"""The command `moejax`: one small function a subcommand.
+
+Exit status: 0 done, 1 the run failed, 2 the user's input cannot be; then one line on standard error says what to mend.
+Results go to standard output, everything else to standard error.
+"""
+
+import argparse
+import difflib
+import json
+import os
+import pathlib
+import sys
+import typing
+from typing import Any
+
+from moejax import config as config_lib
+
+# Heavy imports (jax, flax, orbax) wait until a subcommand runs, so --help and a mistyped flag answer at once.
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs a subcommand and exits."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: list[str]) -> int:
+    """Runs a subcommand; returns the exit status."""
+    try:
+        arguments, rest = _parser().parse_known_args(argv)
+        if rest and not hasattr(arguments, "config"):
+            raise config_lib.ConfigError(f"{rest[0]} is not an argument of moejax {arguments.command}; see --help")
+        return arguments.function(arguments, rest)
+    except config_lib.ConfigError as error:
+        print(f"moejax: {error}", file=sys.stderr)
+        return 2
+
+
+def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Trains, or resumes what is in the workdir."""
+    config = read_config(arguments.config, overrides)
+    from moejax.training import trainer
+
+    try:
+        trainer.train(config, arguments.workdir)
+    except trainer.TrainingError as error:
+        print(f"moejax: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace, _: list[str]) -> int:
+    """Loss and perplexity on the held-out split."""
+    from moejax.analysis import run as run_lib
+
+    summary = run_lib.evaluate_run(run_lib.load(arguments.workdir))
+    if arguments.json:
+        print(json.dumps(summary))
+        return 0
+    print(
+        f"step {summary['step']}: validation loss {summary['loss']:.4f} nats/token, perplexity "
+        f"{summary['perplexity']:.2f}, {summary['bits_per_byte']:.4f} bits/byte "
+        f"({summary['documents']:,} documents, {summary['tokens']:,} tokens)"
+    )
+    baselines = ", ".join(f"{name} {nats:.4f}" for name, nats in summary["baselines"].items())
+    print(f"baselines on the same documents, nats/token: {baselines}")
+    return 0
+
+
+def generate(arguments: argparse.Namespace, _: list[str]) -> int:
+    """Continues a prompt."""
+    for name, minimum in (("num_tokens", 1), ("temperature", 0), ("top_k", 0), ("max_length", 0), ("num_samples", 1)):
+        value = getattr(arguments, name)
+        if value < minimum:
+            raise config_lib.ConfigError(f"--{name}={value} must be {minimum} or more; raise it")
+    from moejax.analysis import run as run_lib
+
+    texts = run_lib.write_sample(
+        run_lib.load(arguments.workdir),
+        arguments.prompt,
+        num_tokens=arguments.num_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+        max_length=arguments.max_length,
+        num_samples=arguments.num_samples,
+    )
+    for text in texts:
+        print(json.dumps({"prompt": arguments.prompt, "text": text}) if arguments.json else arguments.prompt + text)
+    return 0
+
+
+def params(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Total and active parameters, by component."""
+    config = read_config(arguments.config, overrides)
+    from moejax.analysis import params as params_lib
+
+    counts = params_lib.count(config.model)
+    print(json.dumps(counts) if arguments.json else params_lib.table(counts))
+    return 0
+
+
+def report(arguments: argparse.Namespace, _: list[str]) -> int:
+    """One self-contained HTML page about one run or several."""
+    from moejax.analysis import report as report_lib
+    from moejax.analysis import run as run_lib
+
+    for folder in arguments.folders:
+        report_lib.read(folder)  # refuses what is not a run's folder before anything is computed
+        run_lib.complete(folder)
+    print(report_lib.write(arguments.folders, arguments.output))
+    return 0
+
+
+def read_config(file: str, overrides: list[str]) -> config_lib.Config:
+    """The config of FILE[:ARG] with `--config.a.b=value` overrides, validated.
+
+    Raises:
+      ConfigError: no such file, a file without a usable get_config, an unknown field, a value of the wrong type, or a
+        broken rule.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    path = pathlib.Path(file.split(":")[0])
+    if not path.is_file():
+        raise config_lib.ConfigError(f"--config={file}: there is no file {path}; name one, e.g. configs/quickstart.py")
+    _check_overrides(overrides)
+    arguments = ["moejax", f"--config={file}", *overrides]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+    try:
+        rest = values(arguments)[1:]
+        config = values["config"].value
+    except flags.IllegalFlagValueError as error:
+        raise config_lib.ConfigError(_wrong_type(overrides, error)) from None
+    except (flags.Error, KeyError, ValueError) as error:
+        raise config_lib.ConfigError(f"--config={file}: {' '.join(str(error).split())}") from None
+    if rest:
+        raise config_lib.ConfigError(f"{rest[0]} is not an option; write overrides as --config.a.b=value")
+    if not isinstance(config, config_lib.Config):
+        raise config_lib.ConfigError(
+            f"--config={file}: get_config() returned a {type(config).__name__}; return a moejax.config.Config"
+        )
+    config_lib.validate(config)
+    return config
+
+
+def _check_overrides(overrides: list[str]) -> None:
+    """Refuses an override whose path is not a field, naming the nearest that is."""
+    for override in overrides:
+        if not override.startswith("--"):
+            continue  # the value of the option before it
+        path = override.split("=")[0]
+        if not path.startswith("--config."):
+            raise config_lib.ConfigError(f"{path} is not an option; overrides are written --config.a.b=value")
+        name = path.removeprefix("--config.")
+        known = config_lib.flatten(config_lib.Config())
+        if name not in known:
+            groups = {prefix for field in known for prefix in (field.rpartition(".")[0], field.split(".")[0])}
+            if name in groups:
+                raise config_lib.ConfigError(
+                    f"{path} is a group of fields; set one of them, e.g. {path}.{_first(known, name)}"
+                )
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean --config.{close[0]}?" if close else "moejax/config.py lists the fields"
+            raise config_lib.ConfigError(f"{path} is not a field of the config; {hint}")
+
+
+def _first(known: dict[str, Any], group: str) -> str:
+    return next(field for field in known if field.startswith(f"{group}.")).removeprefix(f"{group}.")
+
+
+def _wrong_type(overrides: list[str], error: Exception) -> str:
+    """The line for a value that does not fit its field's type."""
+    for override in overrides:
+        option, _, value = override.partition("=")
+        if f"{option}=" in str(error) or f"{option} " in str(error):
+            node: Any = config_lib.Config
+            for name in option.removeprefix("--config.").split("."):
+                node = typing.get_type_hints(node)[name]
+            kind = {int: "a whole number", float: "a number", bool: "true or false"}.get(node, f"{node}")
+            return f"{option.removeprefix('--')}={value} has the wrong type; give {kind}"
+    return " ".join(str(error).split())
+
+
+# --- arguments -----------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise config_lib.ConfigError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="moejax",
+        description="Sparse experts and state space models in JAX.",
+        allow_abbrev=False,
+        epilog=_TOUR,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, function: Any, example: str) -> argparse.ArgumentParser:
+        help_line = (function.__doc__ or "").strip()
+        sub = commands.add_parser(
+            name,
+            help=help_line,
+            description=help_line,
+            epilog=f"example:\n  {example}",
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(function=function)
+        return sub
+
+    def takes_config(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--config", required=True, metavar="FILE[:ARG]", help="Python file with get_config(ARG)")
+        sub.add_argument_group("overrides", "--config.a.b=VALUE sets a field, e.g. --config.model.moe.num_experts=32")
+
+    def takes_workdir(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--workdir", required=True, type=pathlib.Path, metavar="DIR", help="the run's folder")
+
+    def writes_json(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--json", action="store_true", help="print JSON for a program to read")
+
+    sub = command("train", train, "moejax train --config=configs/quickstart.py --workdir=runs/a --config.data.seed=1")
+    takes_config(sub)
+    takes_workdir(sub)
+
+    sub = command("eval", evaluate, "moejax eval --workdir=runs/a")
+    takes_workdir(sub)
+    writes_json(sub)
+
+    sub = command("generate", generate, 'moejax generate --workdir=runs/a --prompt="The river" --temperature=0.8')
+    takes_workdir(sub)
+    sub.add_argument("--prompt", required=True, help="how the document begins")
+    sub.add_argument("--num_tokens", type=int, default=100, help="tokens to write at most (default 100)")
+    sub.add_argument("--temperature", type=float, default=0.8, help="0 takes the most probable token (default 0.8)")
+    sub.add_argument("--top_k", type=int, default=50, help="draw from so many tokens; 0 for all (default 50)")
+    sub.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    sub.add_argument("--num_samples", type=int, default=1, help="continuations to write (default 1)")
+    sub.add_argument(
+        "--max_length", type=int, default=0, help="longest prompt + continuation (default: a training row)"
+    )
+    writes_json(sub)
+
+    sub = command("params", params, "moejax params --config=configs/quickstart.py --config.model.moe.num_experts=64")
+    takes_config(sub)
+    writes_json(sub)
+
+    sub = command("report", report, "moejax report runs/a runs/b")
+    sub.add_argument("folders", nargs="+", type=pathlib.Path, metavar="DIR", help="folders of runs")
+    sub.add_argument("--output", type=pathlib.Path, help="page to write (default: report.html in the first folder)")
+    return parser
+
+
+_TOUR = """\
+a first tour:
+  moejax train    --config=configs/quickstart.py --workdir=runs/a
+  moejax eval     --workdir=runs/a
+  moejax generate --workdir=runs/a --prompt="The river"
+  moejax report   runs/a"""
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    main()

@@ -1,0 +1,143 @@
+"""The residual block: a norm, one branch or several in parallel, and the sum with the residual stream.
+
+B batch, L sequence, D model.
+"""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from moejax import config as config_lib
+from moejax.layers import attention, mamba, mlp, moe, norm
+
+
+class Block(nnx.Module):
+    """x + sum of branch(norm(x)), pre-norm. The residual stream is float32.
+
+    sublayer: a branch ("mamba", "attention", "mlp", "moe") or several ("mamba|moe", MoE-Mamba's parallel form).
+
+    __call__(x_BLD) -> (y_BLD, the MoeAux of each MoE branch).
+    """
+
+    def __init__(self, sublayer: str, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.compute_dtype)
+        self.norm = norm.build(config.norm, config.d_model, eps=config.norm_eps, dtype=dtype)
+        self.branches = nnx.List([build_branch(kind, config, rngs=rngs) for kind in sublayer.split("|")])
+
+    def __call__(
+        self,
+        x_BLD: Array,
+        *,
+        segment_ids_BL: Array | None = None,
+        positions_BL: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Array, tuple[moe.MoeAux, ...]]:
+        """Segment ids of 0 mark padding; see `models.lm.Lm`."""
+        normed_BLD = self.norm(x_BLD)
+        aux: list[moe.MoeAux] = []
+        for branch in self.branches:
+            match branch:
+                case mamba.Mamba():
+                    y_BLD = branch(normed_BLD, segment_ids_BL=segment_ids_BL)
+                case attention.Attention():
+                    y_BLD = branch(normed_BLD, segment_ids_BL=segment_ids_BL, positions_BL=positions_BL)
+                case mlp.Mlp():
+                    y_BLD = branch(normed_BLD)
+                case moe.Moe():
+                    valid_BL = None if segment_ids_BL is None else segment_ids_BL > 0
+                    y_BLD, branch_aux = branch(normed_BLD, valid_BL=valid_BL, train=train)
+                    aux.append(branch_aux)
+                case _:
+                    raise TypeError(f"no such branch: {type(branch)}")
+            x_BLD = x_BLD + y_BLD.astype(jnp.float32)
+        return x_BLD, tuple(aux)
+
+    def init_cache(self, batch: int, max_length: int) -> tuple[Any, ...]:
+        """One cache a branch; None for a branch that looks at its own position only."""
+        caches: list[Any] = []
+        for branch in self.branches:
+            match branch:
+                case mamba.Mamba():
+                    caches.append(branch.init_cache(batch))
+                case attention.Attention():
+                    caches.append(branch.init_cache(batch, max_length))
+                case _:
+                    caches.append(None)
+        return tuple(caches)
+
+    def step(self, x_BD: Array, caches: tuple[Any, ...]) -> tuple[Array, tuple[Any, ...]]:
+        """One position of `__call__`: (y_BD, the next caches)."""
+        normed_BD = self.norm(x_BD)
+        new_caches: list[Any] = []
+        for branch, cache in zip(self.branches, caches, strict=True):
+            match branch:
+                case mamba.Mamba() | attention.Attention():
+                    y_BD, cache = branch.step(normed_BD, cache)
+                case moe.Moe():
+                    y_BD = branch.step(normed_BD)
+                case mlp.Mlp():
+                    y_BD = branch(normed_BD)
+                case _:
+                    raise TypeError(f"no such branch: {type(branch)}")
+            new_caches.append(cache)
+            x_BD = x_BD + y_BD.astype(jnp.float32)
+        return x_BD, tuple(new_caches)
+
+
+def build_branch(
+    kind: str, config: config_lib.ModelConfig, *, rngs: nnx.Rngs
+) -> mamba.Mamba | attention.Attention | mlp.Mlp | moe.Moe:
+    """The branch named `kind`, with the settings that the config has for it."""
+    dtype, d_model, init_scale = jnp.dtype(config.compute_dtype), config.d_model, config.init_scale
+    match kind:
+        case "mamba":
+            c = config.mamba
+            return mamba.Mamba(
+                d_model,
+                expand=c.expand,
+                d_state=c.d_state,
+                d_conv=c.d_conv,
+                dt_rank=c.dt_rank,
+                dt_min=c.dt_min,
+                dt_max=c.dt_max,
+                scan_implementation=None if c.scan == "auto" else c.scan,
+                chunk_size=c.chunk_size,
+                out_scale=1 / math.sqrt(len(config.sublayers)) if config.rescale_out_proj else 1.0,
+                dtype=dtype,
+                rngs=rngs,
+            )
+        case "attention":
+            c = config.attention
+            return attention.Attention(
+                d_model, num_heads=c.num_heads, rope_base=c.rope_base, init_scale=init_scale, dtype=dtype, rngs=rngs
+            )
+        case "mlp":
+            c = config.mlp
+            return mlp.Mlp(
+                d_model,
+                d_ff=c.d_ff,
+                activation=c.activation,
+                bias=c.bias,
+                init_scale=init_scale,
+                dtype=dtype,
+                rngs=rngs,
+            )
+        case "moe":
+            c = config.moe
+            return moe.Moe(
+                d_model,
+                num_experts=c.num_experts,
+                d_expert=c.d_expert,
+                activation=c.activation,
+                top_k=c.top_k,
+                capacity_factor=c.capacity_factor,
+                eval_capacity_factor=c.eval_capacity_factor,
+                group_size=c.group_size,
+                init_scale=init_scale,
+                dtype=dtype,
+                rngs=rngs,
+            )
+    raise ValueError(f"sublayer={kind} is not known; choose one of {', '.join(config_lib.BRANCHES)}")

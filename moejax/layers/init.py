@@ -1,0 +1,32 @@
+"""Initialisers, as functions of a key and a shape.
+
+D model, F any other dim.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def scaled_normal(key: Array, shape: tuple[int, ...], *, scale: float, fan_in: int | None = None) -> Array:
+    """Truncated normal with sd = sqrt(scale / fan_in) before the cut at 2 sd (Switch Transformers, section 2.4).
+
+    fan_in: inputs of one unit; by default the second dim from the end.
+    """
+    sd = math.sqrt(scale / (fan_in or shape[-2]))
+    return sd * jax.random.truncated_normal(key, -2.0, 2.0, shape)
+
+
+def uniform_fan_in(key: Array, shape: tuple[int, ...], *, fan_in: int | None = None) -> Array:
+    """Uniform in +-1/sqrt(fan_in): the default of torch.nn.Linear and Conv1d, which Mamba's reference code keeps."""
+    bound = 1.0 / math.sqrt(fan_in or shape[-2])
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def dt_bias(key: Array, shape: tuple[int, ...], *, dt_min: float, dt_max: float, floor: float = 1e-4) -> Array:
+    """The inverse softplus of a dt that is log-uniform in [dt_min, dt_max] (Mamba, section 3.6)."""
+    log_dt = jax.random.uniform(key, shape, minval=math.log(dt_min), maxval=math.log(dt_max))
+    dt = jnp.maximum(jnp.exp(log_dt), floor)
+    return dt + jnp.log(-jnp.expm1(-dt))

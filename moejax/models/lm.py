@@ -1,0 +1,147 @@
+"""The decoder-only language model: embedding, a pattern of residual blocks, head.
+
+B batch, L sequence, D model, V vocabulary.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from moejax import config as config_lib
+from moejax.layers import block, init, moe, norm
+
+
+class Period(nnx.Module):
+    """The blocks that repeat. In a model its parameters carry a leading dim over periods."""
+
+    def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
+        self.blocks = nnx.List([block.Block(sublayer, config, rngs=rngs) for sublayer in config.period])
+
+    def __call__(self, x_BLD: Array, **context: Any) -> tuple[Array, tuple[moe.MoeAux, ...]]:
+        return _run(self.blocks, x_BLD, **context)
+
+
+def _stack(config: config_lib.ModelConfig, *, rngs: nnx.Rngs) -> Period:
+    """All periods in one: every parameter has a leading dim over them."""
+    keys = jax.random.split(rngs.params(), config.num_periods)
+    return jax.vmap(lambda key: Period(config, rngs=nnx.Rngs(params=key)))(keys)
+
+
+class Lm(nnx.Module):
+    """prefix + period * num_periods + suffix between a token embedding and a head.
+
+    The periods are scanned, so the compiled program and its compile time do not grow with depth.
+
+    __call__(tokens_BL) -> (logits_BLV float32, MoeAux stacked over MoE layers in depth order, or None without any).
+    """
+
+    def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.compute_dtype)
+        self.dtype, self.remat, self.num_periods = dtype, config.remat, config.num_periods
+        vocab, width = config.vocab_size, config.d_model
+        embedding_VD = config.embedding_std * jax.random.normal(rngs.params(), (vocab, width))
+        self.embedding = nnx.Param(embedding_VD, axes=("vocab", "embed"))
+        self.prefix = nnx.List([block.Block(sublayer, config, rngs=rngs) for sublayer in config.prefix])
+        self.periods = _stack(config, rngs=rngs) if config.num_periods and config.period else None
+        self.suffix = nnx.List([block.Block(sublayer, config, rngs=rngs) for sublayer in config.suffix])
+        self.norm = norm.build(config.norm, width, eps=config.norm_eps, dtype=dtype) if config.final_norm else None
+        self.head = (
+            None
+            if config.tie_embeddings
+            else nnx.Param(
+                init.scaled_normal(rngs.params(), (width, vocab), scale=config.init_scale), axes=("embed", "vocab")
+            )
+        )
+
+    def __call__(
+        self,
+        tokens_BL: Array,
+        *,
+        segment_ids_BL: Array | None = None,
+        positions_BL: Array | None = None,
+        train: bool = False,
+    ) -> tuple[Array, moe.MoeAux | None]:
+        """Runs whole rows.
+
+        Args:
+          tokens_BL: int32 token ids.
+          segment_ids_BL: which document of its row a token belongs to, from 1; 0 for padding. None: one a row.
+          positions_BL: position inside the document, for rotary attention. None: 0, 1, ... L-1.
+          train: use the capacity factor of training rather than that of evaluation.
+        """
+        context = {"segment_ids_BL": segment_ids_BL, "positions_BL": positions_BL, "train": train}
+        x_BLD = self.embedding[...][tokens_BL]
+        x_BLD, aux = _run(self.prefix, x_BLD, **context)
+        stacks = [jax.tree.map(lambda leaf: leaf[None], layer) for layer in aux]
+        if self.periods is not None:
+
+            def run_period(x_BLD: Array, period: Period) -> tuple[Array, tuple[moe.MoeAux, ...]]:
+                return period(x_BLD, **context)
+
+            if self.remat == "period":
+                run_period = jax.checkpoint(run_period)
+            x_BLD, aux = jax.lax.scan(run_period, x_BLD, self.periods)
+            if aux:
+                stacks.append(_interleave(aux))
+        x_BLD, aux = _run(self.suffix, x_BLD, **context)
+        stacks += [jax.tree.map(lambda leaf: leaf[None], layer) for layer in aux]
+        moe_aux = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stacks) if stacks else None
+        return self._logits(x_BLD), moe_aux
+
+    def init_cache(self, batch: int, max_length: int) -> dict[str, Any]:
+        """What the model remembers of the tokens so far; max_length bounds the attention caches alone."""
+        cache: dict[str, Any] = {
+            "prefix": [layer.init_cache(batch, max_length) for layer in self.prefix],
+            "suffix": [layer.init_cache(batch, max_length) for layer in self.suffix],
+        }
+        if self.periods is not None:
+            # vmap over the stacked parameters gives every period a cache of its own
+            cache["periods"] = jax.vmap(
+                lambda period: [layer.init_cache(batch, max_length) for layer in period.blocks],
+                axis_size=self.num_periods,
+            )(self.periods)
+        return cache
+
+    def step(self, token_B: Array, cache: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
+        """One token a row: (logits_BV of the next, the next cache). Nothing is dropped in MoE layers."""
+        x_BD = self.embedding[...][token_B]
+        x_BD, prefix = _step(self.prefix, x_BD, cache["prefix"])
+        new_cache: dict[str, Any] = {"prefix": prefix}
+        if self.periods is not None:
+
+            def step_period(x_BD: Array, inputs: tuple[Period, Any]) -> tuple[Array, Any]:
+                period, caches = inputs
+                return _step(period.blocks, x_BD, caches)
+
+            x_BD, new_cache["periods"] = jax.lax.scan(step_period, x_BD, (self.periods, cache["periods"]))
+        x_BD, new_cache["suffix"] = _step(self.suffix, x_BD, cache["suffix"])
+        return self._logits(x_BD), new_cache
+
+    def _logits(self, x_D: Array) -> Array:
+        x_D = x_D.astype(self.dtype) if self.norm is None else self.norm(x_D)
+        head_DV = self.embedding[...].T if self.head is None else self.head[...]
+        return jnp.matmul(x_D, head_DV.astype(self.dtype), preferred_element_type=jnp.float32)
+
+
+def _run(blocks: nnx.List, x_BLD: Array, **context: Any) -> tuple[Array, tuple[moe.MoeAux, ...]]:
+    collected: list[moe.MoeAux] = []
+    for layer in blocks:
+        x_BLD, aux = layer(x_BLD, **context)
+        collected += aux
+    return x_BLD, tuple(collected)
+
+
+def _step(blocks: nnx.List, x_BD: Array, caches: list[Any]) -> tuple[Array, list[Any]]:
+    new_caches = []
+    for layer, layer_caches in zip(blocks, caches, strict=True):
+        x_BD, layer_caches = layer.step(x_BD, layer_caches)
+        new_caches.append(layer_caches)
+    return x_BD, new_caches
+
+
+def _interleave(aux: tuple[moe.MoeAux, ...]) -> moe.MoeAux:
+    """The MoE layers of a period, each stacked over periods -> one stack in depth order."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:]), *aux)

@@ -1,0 +1,38 @@
+"""Causal attention with rotary positions and document boundaries, and its single step.
+
+B batch, L sequence, M cache length, H heads, Q head width.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def rotary(x_BLHQ: Array, positions_BL: Array, *, base: float) -> Array:
+    """Rotary position embedding (arXiv 2104.09864) over the whole head; pairs are (i, i + Q/2).
+
+    Pair i is turned by the angle position * base^(-2i/Q). Computes in float32, returns the dtype of x.
+    """
+    half = x_BLHQ.shape[-1] // 2
+    frequency_i = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_BL1i = positions_BL[:, :, None, None].astype(jnp.float32) * frequency_i
+    cos, sin = jnp.cos(angle_BL1i), jnp.sin(angle_BL1i)
+    first, second = jnp.split(x_BLHQ.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLHQ.dtype)
+
+
+def causal_attention(
+    query_BLHQ: Array, key_BLHQ: Array, value_BLHQ: Array, *, segment_ids_BL: Array | None = None
+) -> Array:
+    """softmax(q k^T / sqrt(Q)) v over the positions of the same document up to the current one; softmax in float32."""
+    mask_B1LL = None
+    if segment_ids_BL is not None:
+        mask_B1LL = (segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(query_BLHQ, key_BLHQ, value_BLHQ, mask=mask_B1LL, is_causal=True)
+
+
+def attention_step(query_BHQ: Array, key_BMHQ: Array, value_BMHQ: Array, length: Array) -> Array:
+    """One position of `causal_attention`, over the first `length` entries of a cache of M."""
+    mask_M = jnp.arange(key_BMHQ.shape[1]) < length
+    y_B1HQ = jax.nn.dot_product_attention(query_BHQ[:, None], key_BMHQ, value_BMHQ, mask=mask_M[None, None, None])
+    return y_B1HQ[:, 0]

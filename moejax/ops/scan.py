@@ -1,0 +1,189 @@
+"""The selective scan of Mamba (arXiv 2312.00752, eq. 2a-2b and Algorithm 2).
+
+B batch, L sequence, I inner channels, N states a channel; c tokens a chunk.
+
+    h[t] = exp(dt[t] A) h[t-1] + dt[t] u[t] B[t]        (per channel and state)
+    y[t] = C[t] . h[t] + D u[t]
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+DEFAULT_CHUNK_SIZE = 8  # measured on CPU; scripts/bench_scan.py
+
+
+def selective_scan(
+    u_BLI: Array,
+    dt_BLI: Array,
+    A_IN: Array,
+    B_BLN: Array,
+    C_BLN: Array,
+    D_I: Array,
+    *,
+    segment_ids_BL: Array | None = None,
+    initial_state_BIN: Array | None = None,
+    implementation: str | None = None,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+) -> tuple[Array, Array]:
+    """Runs the selective state space model along L. Computes in float32 whatever the dtype of the inputs.
+
+    Args:
+      u_BLI: inputs.
+      dt_BLI: step sizes, positive (after the softplus).
+      A_IN: diagonal of the state matrix, negative.
+      B_BLN: input projections.
+      C_BLN: output projections.
+      D_I: skip weights.
+      segment_ids_BL: which document a position belongs to; the state is reset at the first position of each
+        document. The first position of the row continues from `initial_state_BIN`. None for one document a row.
+      initial_state_BIN: state before the first position; None for zeros.
+      implementation: "reference" (a sequential `lax.scan`), "associative" (`jax.lax.associative_scan` within chunks,
+        the state carried between them), or None for the fastest supported one.
+      chunk_size: tokens a chunk of the associative implementation; L need not be a multiple of it.
+
+    Returns:
+      (y_BLI in the dtype of u, the state after the last position state_BIN in float32).
+
+    Raises:
+      ValueError: an implementation that does not exist.
+    """
+    batch, length, inner = u_BLI.shape
+    if implementation is None:
+        implementation = "associative"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation} is not known; choose one of {', '.join(IMPLEMENTATIONS)}")
+    u32_BLI, dt_BLI, A_IN, B_BLN, C_BLN = (x.astype(jnp.float32) for x in (u_BLI, dt_BLI, A_IN, B_BLN, C_BLN))
+    keep_BL = jnp.ones((batch, length), jnp.float32)  # 0 where the state of the position before must not enter
+    if segment_ids_BL is not None:
+        keep_BL = keep_BL.at[:, 1:].set((segment_ids_BL[:, 1:] == segment_ids_BL[:, :-1]).astype(jnp.float32))
+    state_BIN = jnp.zeros((batch, inner, A_IN.shape[1]), jnp.float32)
+    if initial_state_BIN is not None:
+        state_BIN = initial_state_BIN.astype(jnp.float32)
+    scan = functools.partial(IMPLEMENTATIONS[implementation], chunk_size=chunk_size)
+    y_BLI, state_BIN = scan(dt_BLI * u32_BLI, dt_BLI, A_IN, B_BLN, C_BLN, keep_BL, state_BIN)
+    return (y_BLI + D_I.astype(jnp.float32) * u32_BLI).astype(u_BLI.dtype), state_BIN
+
+
+def selective_step(
+    u_BI: Array, dt_BI: Array, A_IN: Array, B_BN: Array, C_BN: Array, D_I: Array, state_BIN: Array
+) -> tuple[Array, Array]:
+    """One position of `selective_scan`: (y_BI in the dtype of u, the next state)."""
+    u32_BI, dt_BI = u_BI.astype(jnp.float32), dt_BI.astype(jnp.float32)
+    decay_BIN = jnp.exp(dt_BI[..., None] * A_IN)
+    state_BIN = decay_BIN * state_BIN + (dt_BI * u32_BI)[..., None] * B_BN[:, None].astype(jnp.float32)
+    y_BI = jnp.einsum("bin,bn->bi", state_BIN, C_BN.astype(jnp.float32)) + D_I * u32_BI
+    return y_BI.astype(u_BI.dtype), state_BIN
+
+
+# Below, v = dt * u is the input of the recurrence and keep_BL is 0 at the first position of a document.
+
+
+def _reference(v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, keep_BL, state_BIN, *, chunk_size):
+    del chunk_size
+
+    def step(state_BIN, inputs):
+        v_BI, dt_BI, B_BN, C_BN, keep_B = inputs
+        decay_BIN = jnp.exp(dt_BI[..., None] * A_IN) * keep_B[:, None, None]
+        state_BIN = decay_BIN * state_BIN + v_BI[..., None] * B_BN[:, None]
+        return state_BIN, jnp.einsum("bin,bn->bi", state_BIN, C_BN)
+
+    over_time = [jnp.moveaxis(x, 1, 0) for x in (v_BLI, dt_BLI, B_BLN, C_BLN, keep_BL)]
+    state_BIN, y_LBI = jax.lax.scan(step, state_BIN, over_time)
+    return jnp.moveaxis(y_LBI, 0, 1), state_BIN
+
+
+def _compose(first, second):
+    """Two affine maps h -> a h + b, one after the other."""
+    (a1, b1), (a2, b2) = first, second
+    return a1 * a2, a2 * b1 + b2
+
+
+def _prefix(decay_cBNI, drive_cBNI):
+    """h[t] = decay[t] h[t-1] + drive[t] for every t of a chunk, from h[-1] = 0."""
+    return jax.lax.associative_scan(_compose, (decay_cBNI, drive_cBNI))[1]
+
+
+def _associative(v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, keep_BL, state_BIN, *, chunk_size):
+    length = v_BLI.shape[1]
+    chunk_size = min(chunk_size, length)
+    num_chunks = -(-length // chunk_size)
+
+    def chunked(x_BL, fill=0.0):
+        """(B, L, ...) -> (chunks, c, B, ...). The positions that fill the last chunk leave the state as it is."""
+        width = [(0, 0)] * x_BL.ndim
+        width[1] = (0, num_chunks * chunk_size - length)
+        x_LB = jnp.moveaxis(jnp.pad(x_BL, width, constant_values=fill), 1, 0)
+        return x_LB.reshape(num_chunks, chunk_size, *x_LB.shape[1:])
+
+    inputs = (chunked(v_BLI), chunked(dt_BLI), chunked(B_BLN), chunked(C_BLN), chunked(keep_BL, fill=1.0))
+    # N before I: the many channels fill the vector lanes, and a sum over the few states is a sum of vectors.
+    y_cBI, state_BNI = _scan_chunks(A_IN.T, inputs, state_BIN.swapaxes(1, 2))
+    y_LBI = y_cBI.reshape(-1, *y_cBI.shape[2:])[:length]
+    return jnp.moveaxis(y_LBI, 0, 1), state_BNI.swapaxes(1, 2)
+
+
+# Autodiff through associative_scan would keep every level of its tree, for the whole sequence. The rule below keeps
+# the state before each chunk, recomputes the chunk's states, and runs the adjoint recurrence
+#     g[t] = C[t] dy[t] + decay[t+1] g[t+1]        (the gradient of the loss with respect to h[t])
+# as an associative scan backwards. A decay is exp(dt A), so d(decay) = decay d(dt A).
+
+
+def _affine(A_NI, state_BNI, inputs):
+    """A chunk's recurrence as (decay, drive), with the state before the chunk folded into its first drive."""
+    v_cBI, dt_cBI, B_cBN, _, keep_cB = inputs
+    decay_cBNI = jnp.exp(dt_cBI[:, :, None] * A_NI) * keep_cB[..., None, None]
+    drive_cBNI = v_cBI[:, :, None] * B_cBN[..., None]
+    return decay_cBNI, drive_cBNI.at[0].add(decay_cBNI[0] * state_BNI)
+
+
+def _forward(A_NI, inputs, state_BNI):
+    def scan_chunk(before_BNI, inputs):
+        state_cBNI = _prefix(*_affine(A_NI, before_BNI, inputs))
+        y_cBI = (state_cBNI * inputs[3][..., None]).sum(axis=2)
+        return state_cBNI[-1], (y_cBI, before_BNI)
+
+    state_BNI, (y_cBI, before_BNI) = jax.lax.scan(scan_chunk, state_BNI, inputs)
+    return (y_cBI, state_BNI), (A_NI, inputs, before_BNI)
+
+
+@jax.custom_vjp
+def _scan_chunks(A_NI, inputs, state_BNI):
+    return _forward(A_NI, inputs, state_BNI)[0]
+
+
+def _backward(residuals, gradients):
+    A_NI, inputs, before_BNI = residuals
+    dy_cBI, dstate_BNI = gradients
+
+    def scan_chunk(carry, chunk):
+        g_BNI, dA_NI = carry  # gradient with respect to the state after this chunk
+        before_BNI, inputs, dy_cBI = chunk
+        v_cBI, dt_cBI, B_cBN, C_cBN, _ = inputs
+        decay_cBNI, drive_cBNI = _affine(A_NI, before_BNI, inputs)
+        state_cBNI = _prefix(decay_cBNI, drive_cBNI)
+        previous_cBNI = jnp.concatenate([before_BNI[None], state_cBNI[:-1]])
+        dh_cBNI = (dy_cBI[:, :, None] * C_cBN[..., None]).at[-1].add(g_BNI)
+        next_decay_cBNI = jnp.concatenate([decay_cBNI[1:], jnp.ones_like(decay_cBNI[:1])])
+        g_cBNI = _prefix(next_decay_cBNI[::-1], dh_cBNI[::-1])[::-1]
+        dlog_cBNI = g_cBNI * previous_cBNI * decay_cBNI
+        dv_cBI = (g_cBNI * B_cBN[..., None]).sum(axis=2)
+        ddt_cBI = (dlog_cBNI * A_NI).sum(axis=2)
+        dB_cBN = jnp.einsum("cbni,cbi->cbn", g_cBNI, v_cBI)
+        dC_cBN = jnp.einsum("cbni,cbi->cbn", state_cBNI, dy_cBI)
+        dA_NI += (dlog_cBNI * dt_cBI[:, :, None]).sum(axis=(0, 1))
+        return (decay_cBNI[0] * g_cBNI[0], dA_NI), (dv_cBI, ddt_cBI, dB_cBN, dC_cBN)
+
+    carry = (dstate_BNI, jnp.zeros_like(A_NI))
+    (dstate_BNI, dA_NI), dinputs = jax.lax.scan(scan_chunk, carry, (before_BNI, inputs, dy_cBI), reverse=True)
+    dkeep_cB = jnp.zeros_like(inputs[4])  # document boundaries are data
+    return dA_NI, (*dinputs, dkeep_cB), dstate_BNI
+
+
+_scan_chunks.defvjp(_forward, _backward)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {"reference": _reference, "associative": _associative}

@@ -1,0 +1,105 @@
+"""The device mesh, and the one table from logical axes to mesh axes.
+
+Layers name the logical axes of their parameters (`nnx.Param(value, axes=("embed", "ffn"))`); only this file knows the
+mesh axes behind those names.
+"""
+
+import math
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moejax import config as config_lib
+
+AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")  # the rows of a batch are split over these
+
+# Logical axis of a parameter -> mesh axis. An axis that is not here is not split.
+RULES = {"vocab": "tensor", "embed": "fsdp", "ffn": "tensor", "inner": "tensor", "heads": "tensor", "expert": "expert"}
+
+
+def make_mesh(config: config_lib.MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh over the devices (None: all); an axis of -1 takes the devices that the others leave.
+
+    Raises:
+      ConfigError: the axes do not multiply to the number of devices.
+    """
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    devices = devices or jax.devices()
+    num_devices = len(devices)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    for axis, size in sizes.items():
+        if size == -1 and num_devices % fixed == 0:
+            sizes[axis] = num_devices // fixed
+    if math.prod(sizes.values()) != num_devices:
+        shape = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in AXES)
+        raise config_lib.ConfigError(
+            f"{shape} does not multiply to the {num_devices} device{'s' * (num_devices != 1)} here; "
+            f"set one axis to -1 for the rest and the others to divisors of {num_devices}"
+        )
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    """Parts into which the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
+    """Raises ConfigError unless every device gets the same number of rows, and whole routing groups."""
+    shards, microbatches = num_batch_shards(mesh), config.training.num_microbatches
+    batch, moe = config.data.batch_size, config.model.moe
+    if batch % (shards * microbatches) != 0:
+        shape = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in BATCH_AXES if mesh.shape[axis] > 1)
+        raise config_lib.ConfigError(
+            f"data.batch_size={batch} does not divide over {shape or 'one device'} and "
+            f"training.num_microbatches={microbatches}; set it to a multiple of {shards * microbatches}"
+        )
+    tokens = batch // (shards * microbatches) * config.data.seq_length
+    if config.model.uses("moe") and moe.group_size and tokens % moe.group_size != 0:
+        raise config_lib.ConfigError(
+            f"model.moe.group_size={moe.group_size} does not divide the {tokens} tokens of a microbatch on a device, "
+            "and a group never spans devices; set it to 0 or to a divisor"
+        )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the batch axes; everything else whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def param_sharding(variable: nnx.Variable, mesh: Mesh) -> NamedSharding:
+    """The sharding of a parameter from its logical axes; dims in front of those (stacked periods) are not split.
+
+    Raises:
+      ConfigError: a dim that does not divide over its mesh axis.
+    """
+    axes = variable.get_metadata()["axes"]
+    shape = variable.shape
+    spec: list[str | None] = [None] * (len(shape) - len(axes))
+    for logical, size in zip(axes, shape[len(spec) :], strict=True):
+        axis = RULES.get(logical)
+        if axis is not None and size % mesh.shape[axis] != 0:
+            raise config_lib.ConfigError(
+                f"mesh.{axis}={mesh.shape[axis]} does not divide a parameter's {logical} dim of {size}; "
+                f"set mesh.{axis} to a divisor of {size}"
+            )
+        spec.append(axis)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def tree_shardings(tree, mesh: Mesh):
+    """Shardings for a pytree that holds modules: parameters by their logical axes, all other leaves replicated."""
+
+    def of(node):
+        if isinstance(node, nnx.Variable):
+            return jax.tree.map(lambda _: param_sharding(node, mesh), node)
+        return replicated(mesh)
+
+    return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))

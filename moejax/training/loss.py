@@ -1,0 +1,35 @@
+"""The training objective.
+
+B batch, L sequence, V vocabulary.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from moejax.models import lm
+
+
+def cross_entropy(logits_BLV: Array, targets_BL: Array) -> Array:
+    """-log softmax(logits)[target] in nats, float32, for every position."""
+    logits_BLV = logits_BLV.astype(jnp.float32)
+    target_logit_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits_BLV, axis=-1) - target_logit_BL
+
+
+def sums(model: lm.Lm, batch: dict[str, Array], *, train: bool) -> dict[str, Any]:
+    """Runs the model on a batch; every entry is a sum over the batch, so that parts of a batch add up.
+
+    Returns:
+      nats: summed cross-entropy over the positions that count (loss_mask_BL).
+      tokens: how many positions count, float32.
+      moe: the layers' MoeAux, or None; its balance_loss is a mean over groups.
+    """
+    logits_BLV, moe_aux = model(
+        batch["inputs_BL"], segment_ids_BL=batch["segment_ids_BL"], positions_BL=batch["positions_BL"], train=train
+    )
+    mask_BL = batch["loss_mask_BL"].astype(jnp.float32)
+    nats_BL = cross_entropy(logits_BLV, batch["targets_BL"])
+    return {"nats": jnp.sum(nats_BL * mask_BL), "tokens": jnp.sum(mask_BL), "moe": moe_aux}

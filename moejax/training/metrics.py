@@ -1,0 +1,134 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard events, and the console."""
+
+import json
+import math
+import os
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+import tensorboardX
+import tqdm
+
+SCALARS = (
+    "loss",
+    "ema_loss",
+    "validation_loss",
+    "learning_rate",
+    "grad_norm",
+    "balance_loss",
+    "tokens_per_second",
+)
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The whole rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+class MetricsWriter:
+    """Appends a row a step. What `flush` returns from survives the death of the process."""
+
+    def __init__(self, workdir: pathlib.Path, *, step: int):
+        """Rows after `step`, from before an interruption, are dropped: the run will write them again."""
+        path = workdir / "metrics.jsonl"
+        self.last = next((row for row in reversed(read(path)) if row["step"] <= step), None)
+        kept = [row for row in read(path) if row["step"] <= step]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = path.open("a")
+        self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """row: plain numbers, lists or arrays. A number that is not finite becomes null: JSON has no other way."""
+        self._file.write(json.dumps({name: _plain(value) for name, value in row.items()}) + "\n")
+        for name in SCALARS:
+            if name in row:
+                self._events.add_scalar(name, row[name], row["step"])
+        for name in ("dropped", "router_entropy"):
+            for layer, value in enumerate(row.get(name, ())):
+                self._events.add_scalar(f"{name}/layer_{layer}", value, row["step"])
+        for layer, load_E in enumerate(row.get("load", ())):
+            self._events.add_scalar(f"max_load/layer_{layer}", max(load_E) * len(load_E), row["step"])
+
+    def flush(self) -> None:
+        """Puts every row on disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self.flush()
+        self._file.close()
+        self._events.close()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def say(line: str) -> None:
+    """One line on the log, which is standard error: standard output is for results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Console:
+    """A progress bar with loss, tokens/s and time left on a terminal; a plain line every log_every steps in a log."""
+
+    def __init__(self, *, num_steps: int, step: int, log_every: int):
+        self._num_steps, self._log_every = num_steps, log_every
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm.tqdm(total=num_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
+
+    def show(self, row: dict[str, Any], *, tokens_per_second: float, seconds_left: float) -> None:
+        """Shows the row of one step."""
+        step, validation = row["step"], row.get("validation_loss")
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {row['loss']:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif step % self._log_every == 0 or step in (1, self._num_steps):
+            self.say(
+                f"step {step}/{self._num_steps}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
+                f"grad norm {row['grad_norm']:.2f}  {tokens_per_second:,.0f} tokens/s  {_duration(seconds_left)} left"
+            )
+        if validation is not None:
+            self.say(f"step {step}/{self._num_steps}  validation loss {validation:.4f}")
+
+    def say(self, line: str) -> None:
+        """One line, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            say(line)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

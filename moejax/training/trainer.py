@@ -1,0 +1,258 @@
+"""The training run, read from top to bottom."""
+
+import collections
+import json
+import math
+import pathlib
+import signal
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from moejax import config as config_lib
+from moejax import partition
+from moejax.data import pipeline, tokenizers
+from moejax.training import checkpoint, evaluate, metrics
+from moejax.training import state as state_lib
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message is one line that says at which step, why, and what is safe."""
+
+
+class Stop:
+    """Notes SIGTERM and SIGINT, so that the loop can end between two steps. A second one ends at once."""
+
+    def __init__(self):
+        self.signal: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        self.signal = signal.Signals(number).name
+        signal.signal(number, self._previous[number])
+
+
+def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
+    """Trains to training.num_steps, or goes on from the newest checkpoint in workdir.
+
+    Writes config.json, tokenizer.json, metrics.jsonl, TensorBoard events and checkpoints/ into workdir.
+
+    Raises:
+      ConfigError: a setting that cannot be, or a workdir of another model; nothing on disk has changed.
+      TrainingError: the loss or the gradient is no longer finite.
+    """
+    check_workdir(config, workdir)
+    mesh = partition.make_mesh(config.mesh)
+    partition.check_batch(config, mesh)
+    prepared = pipeline.prepare(config.data, load_tokenizer(workdir))
+    check_vocabulary(config, prepared.tokenizer)
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    metrics.write_text(workdir / "config.json", json.dumps(config_lib.to_dict(config), indent=2) + "\n")
+    prepared.tokenizer.save(workdir / TOKENIZER_FILE)
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint)
+    metrics.say(describe(config, mesh, prepared))
+
+    # Resume wins over initialisation.
+    restored = checkpoints.restore(state_lib.abstract(config, mesh), on_corrupt=report_corrupt(workdir))
+    if restored is None:
+        state, start = state_lib.create(config, mesh), 0
+    else:
+        state, start = restored
+        metrics.say(f"resuming from step {start} in {workdir}")
+        if start >= config.training.num_steps:
+            metrics.say(f"all {config.training.num_steps} steps are done; raise training.num_steps to train on")
+
+    try:
+        with Stop() as stop:
+            run_steps(config, mesh, prepared, state, start, checkpoints, workdir, stop)
+    finally:
+        checkpoints.close()
+
+
+def run_steps(
+    config: config_lib.Config,
+    mesh: jax.sharding.Mesh,
+    prepared: pipeline.Prepared,
+    state: state_lib.TrainState,
+    start: int,
+    checkpoints: checkpoint.Checkpoints,
+    workdir: pathlib.Path,
+    stop: Stop,
+) -> None:
+    """The loop: dispatches step n, then reads the numbers of step n - 1 while n runs."""
+    num_steps = config.training.num_steps
+    train_step = state_lib.make_train_step(config, mesh)
+    eval_step = evaluate.make_eval_step(mesh)
+    writer = metrics.MetricsWriter(workdir, step=start)
+    console = metrics.Console(num_steps=num_steps, step=start, log_every=config.training.log_every)
+    log = RowLog(config, writer, console, start)
+    batches = pipeline.train_batches(prepared, config.data, start)
+    place = partition.batch_sharding(mesh)
+    try:
+        for step in range(start + 1, num_steps + 1):
+            batch = jax.device_put(next(batches), place)
+            state, step_metrics = train_step(state, batch)
+            log.finish_pending(checkpoints)
+            log.pending = (step, step_metrics)
+
+            last = step == num_steps or stop.signal is not None
+            if step % config.training.eval_every == 0 or step == num_steps:
+                held_out = pipeline.validation_batches(prepared, config.data, config.training.eval_batches)
+                log.validation_loss = evaluate.evaluate(state.model, eval_step, held_out, mesh)["loss"]
+            if step % config.checkpoint.every == 0 or last:
+                log.finish_pending(checkpoints)  # a checkpoint is never ahead of metrics.jsonl, nor past a NaN
+                writer.flush()
+                checkpoints.save(state, step)
+            if stop.signal is not None:
+                checkpoints.wait()
+                console.say(f"stopped by {stop.signal} after step {step}, saved; run the same command to go on")
+                return
+    finally:
+        console.close()
+        writer.close()
+        batches.close()
+
+
+class RowLog:
+    """Turns the device's numbers of a step into its row of metrics.jsonl and the console, one step late."""
+
+    def __init__(self, config: config_lib.Config, writer: metrics.MetricsWriter, console: metrics.Console, start: int):
+        self.pending: tuple[int, dict[str, Any]] | None = None
+        self.validation_loss: float | None = None
+        self._config, self._writer, self._console = config, writer, console
+        last = writer.last or {}
+        self._tokens: int = last.get("tokens", 0)
+        self._ema: float | None = last.get("ema_loss")
+        self._time = time.perf_counter()
+        self._compiling = True
+        # (seconds, tokens) of recent steps, for a speed and a time left that one slow step does not upset
+        self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=20)
+
+    def finish_pending(self, checkpoints: checkpoint.Checkpoints) -> None:
+        """Waits for the pending step, if any, and writes its row; raises TrainingError if it is not finite."""
+        if self.pending is None:
+            return
+        step, step_metrics = self.pending
+        self.pending = None
+        values = jax.tree.map(np.asarray, jax.device_get(step_metrics))
+        now = time.perf_counter()
+        seconds, self._time = now - self._time, now
+        loss, grad_norm, tokens = (float(values[name]) for name in ("loss", "grad_norm", "tokens"))
+        self._tokens += int(tokens)
+        alpha = self._config.training.ema_alpha
+        self._ema = loss if self._ema is None else (1 - alpha) * self._ema + alpha * loss
+        row: dict[str, Any] = {
+            "step": step,
+            "tokens": self._tokens,
+            "loss": loss,
+            "ema_loss": self._ema,
+            "learning_rate": float(values["learning_rate"]),
+            "grad_norm": grad_norm,
+        }
+        if self.validation_loss is not None:
+            row["validation_loss"], self.validation_loss = self.validation_loss, None
+        row |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
+        if "load" in values:
+            row["balance_loss"] = float(values["balance_loss"])
+            row |= {name: values[name] for name in ("load", "dropped", "router_entropy")}
+        self._writer.write(row)
+
+        if not self._compiling:  # the first step's time is mostly the compiler's
+            self._recent.append((seconds, tokens))
+        self._compiling = False
+        elapsed = sum(second for second, _ in self._recent) or seconds
+        per_step = elapsed / max(1, len(self._recent))
+        speed = sum(count for _, count in self._recent) / elapsed if self._recent else tokens / seconds
+        left = (self._config.training.num_steps - step) * per_step
+        self._console.show(row, tokens_per_second=speed, seconds_left=left)
+
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self._writer.flush()
+            checkpoints.wait()
+            good = checkpoints.steps()
+            what = f"loss {loss}, gradient norm {grad_norm}"
+            safe = f"the last good checkpoint is step {good[-1]}" if good else "no checkpoint was saved before it"
+            raise TrainingError(
+                f"step {step} is not finite ({what}); {safe}; lower optimizer.learning_rate or optimizer.clip_norm"
+            )
+
+
+def check_workdir(config: config_lib.Config, workdir: pathlib.Path) -> None:
+    """Refuses a folder whose checkpoints are of another model or other rows; reads only."""
+    folder = workdir / "checkpoints"
+    if workdir.exists() and not workdir.is_dir():
+        raise config_lib.ConfigError(f"--workdir={workdir} is a file; name a folder")
+    if not folder.is_dir() or not any(entry.name.isdigit() for entry in folder.iterdir()):
+        return
+    for path, old, new in config_lib.differences(load_config(workdir), config):
+        if config_lib.blocks_resume(path):
+            raise config_lib.ConfigError(
+                f"{path}={new} but the checkpoints in {workdir} were made with {path}={old}; "
+                "set it back, or choose another --workdir"
+            )
+        metrics.say(f"resuming with {path}={new} (was {old})")
+
+
+def load_config(workdir: pathlib.Path) -> config_lib.Config:
+    """The config that a run has written into its folder."""
+    path = workdir / "config.json"
+    try:
+        return config_lib.from_dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise config_lib.ConfigError(
+            f"--workdir={workdir} holds no config.json; name the folder of a run of moejax train"
+        ) from None
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise config_lib.ConfigError(f"{path} cannot be read ({error}); restore it from a copy") from None
+
+
+def load_tokenizer(workdir: pathlib.Path) -> tokenizers.Tokenizer | None:
+    """The tokenizer a run has saved: its checkpoints mean nothing under another one. None before there are any."""
+    saved = (workdir / TOKENIZER_FILE).exists() and (workdir / "checkpoints").is_dir()
+    has_steps = saved and any(entry.name.isdigit() for entry in (workdir / "checkpoints").iterdir())
+    return tokenizers.load(workdir / TOKENIZER_FILE) if has_steps else None
+
+
+def check_vocabulary(config: config_lib.Config, tokenizer: tokenizers.Tokenizer) -> None:
+    """Refuses a tokenizer with more entries than the model has rows."""
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise config_lib.ConfigError(
+            f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {tokenizer.vocab_size} entries; "
+            f"set it to {tokenizer.vocab_size} or more"
+        )
+
+
+def report_corrupt(workdir: pathlib.Path):
+    """Says that a checkpoint is damaged and that the one before it is tried."""
+
+    def report(step: int, reason: str) -> None:
+        metrics.say(
+            f"the checkpoint of step {step} in {workdir} is damaged ({reason}); falling back to the one before it"
+        )
+
+    return report
+
+
+def describe(config: config_lib.Config, mesh: jax.sharding.Mesh, prepared: pipeline.Prepared) -> str:
+    """One line: what is trained on what."""
+    num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state_lib.abstract_model(config.model)))
+    axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    return (
+        f"{num_params:,} parameters on {axes} ({jax.devices()[0].platform}); {config.data.source}: "
+        f"{len(prepared.train):,} documents, {prepared.train.num_targets:,} tokens to train on, "
+        f"{prepared.validation.num_targets:,} held out; vocabulary {prepared.tokenizer.vocab_size:,}"
+    )

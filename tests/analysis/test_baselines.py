@@ -1,0 +1,135 @@
+"""Baselines are probabilities: they sum to one, equal slow loops, and equal values worked by hand."""
+
+import collections
+import itertools
+import math
+import time
+
+import numpy as np
+import pytest
+
+from moejax.analysis import baselines
+from moejax.data import pipeline
+
+
+def documents_of(*documents):
+    lengths = [len(document) for document in documents]
+    return pipeline.Documents(
+        tokens=np.array([token for document in documents for token in document], np.int32),
+        offsets=np.cumsum([0, *lengths]),
+        num_bytes=sum(lengths),
+    )
+
+
+def random_documents(count, vocab_size, seed):
+    """Documents over the lower ids, unevenly, so that pairs occur once, twice and often; the last id is EOT."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(0, 12, size=count)
+    return [np.minimum(rng.geometric(0.4, size=size) - 1, vocab_size - 2).tolist() for size in sizes]
+
+
+def pairs_of(documents, eot):
+    """The prediction problem by its definition: every document alone is [EOT, tokens, EOT]."""
+    streams = [[eot, *document, eot] for document in documents]
+    return [pair for stream in streams for pair in itertools.pairwise(stream)]
+
+
+def slow_kneser_ney(pairs, vocab_size):
+    """p(v | u) by loops over dicts."""
+    counts = collections.Counter(pairs)
+    once = sum(count == 1 for count in counts.values())
+    twice = sum(count == 2 for count in counts.values())
+    discount = once / (once + 2 * twice) if once else 0.5
+
+    def probability(u, v):
+        continuation = (sum(pair[1] == v for pair in counts) + 1) / (len(counts) + vocab_size)
+        total = sum(count for pair, count in counts.items() if pair[0] == u)
+        if not total:
+            return continuation
+        distinct = sum(pair[0] == u for pair in counts)
+        return max(counts[u, v] - discount, 0) / total + discount * distinct / total * continuation
+
+    return probability
+
+
+def table(pairs, vocab_size):
+    """p(v | u) of every u and v from the fast path, shape [V, V]."""
+    inputs, targets = np.array(pairs, np.int32).T
+    u, v = np.divmod(np.arange(vocab_size**2), vocab_size)
+    return baselines.kneser_ney(inputs, targets, u, v, vocab_size).reshape(vocab_size, vocab_size)
+
+
+def test_kneser_ney_worked_by_hand():
+    # Tokens a=0 b=1 EOT=2. Documents "ab", "a": the pairs are (EOT,a) twice, (a,b), (b,EOT), (a,EOT) once each.
+    # n1 = 3, n2 = 1, d = 3/5. Distinct inputs of a: 1, b: 1, EOT: 2; q = (2, 2, 3) / (4 + 3).
+    p_VV = table(pairs_of([[0, 1], [0]], eot=2), 3)
+    expected = [
+        [0.6 * 2 / 2 * 2 / 7, 0.4 / 2 + 0.6 * 2 / 2 * 2 / 7, 0.4 / 2 + 0.6 * 2 / 2 * 3 / 7],
+        [0.6 * 2 / 7, 0.6 * 2 / 7, 0.4 + 0.6 * 3 / 7],
+        [1.4 / 2 + 0.6 / 2 * 2 / 7, 0.6 / 2 * 2 / 7, 0.6 / 2 * 3 / 7],
+    ]
+    np.testing.assert_allclose(p_VV, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kneser_ney_sums_to_one_and_is_positive_and_equals_the_slow_loop(seed):
+    vocab_size = 9
+    pairs = pairs_of(random_documents(20, vocab_size, seed), eot=8)
+    p_VV = table(pairs, vocab_size)
+    np.testing.assert_allclose(p_VV.sum(axis=1), 1, rtol=1e-12)
+    assert p_VV.min() > 0
+    slow = slow_kneser_ney(pairs, vocab_size)
+    np.testing.assert_allclose(p_VV, [[slow(u, v) for v in range(9)] for u in range(9)], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [[[]], [[0]], [[0, 1]] * 3, [[0] * 50], [[0, 1], [2, 3]]],
+    ids=["empty", "one token", "no pair once", "one pair often", "every pair once"],
+)
+def test_degenerate_corpora_still_give_every_token_a_probability(documents):
+    p_VV = table(pairs_of(documents, eot=5), 6)
+    np.testing.assert_allclose(p_VV.sum(axis=1), 1, rtol=1e-12)
+    assert p_VV.min() > 0
+    losses = baselines.compute(documents_of(*documents), documents_of([4, 3], [0]), 6, 5)
+    assert all(math.isfinite(loss) for loss in (losses.uniform, losses.unigram, losses.bigram))
+
+
+def test_compute_equals_slow_loops_on_documents_one_by_one():
+    vocab_size, eot = 9, 8
+    train, validation = random_documents(30, vocab_size, 0), random_documents(15, vocab_size, 1)
+    losses = baselines.compute(documents_of(*train), documents_of(*validation), vocab_size, eot)
+
+    train_pairs, validation_pairs = pairs_of(train, eot), pairs_of(validation, eot)
+    assert len(validation_pairs) == documents_of(*validation).num_targets
+    counts = collections.Counter(target for _, target in train_pairs)
+    unigram = [math.log((counts[v] + 1) / (len(train_pairs) + vocab_size)) for _, v in validation_pairs]
+    probability = slow_kneser_ney(train_pairs, vocab_size)
+    bigram = [math.log(probability(u, v)) for u, v in validation_pairs]
+    assert losses.uniform == pytest.approx(math.log(9))
+    assert losses.unigram == pytest.approx(-np.mean(unigram), rel=1e-12)
+    assert losses.bigram == pytest.approx(-np.mean(bigram), rel=1e-12)
+
+
+def test_a_bigram_process_is_learnt_and_the_baselines_fall_in_order():
+    """Each token is followed by one of two: the bigram loss tends to the process's entropy."""
+    rng = np.random.default_rng(0)
+    vocab_size, eot = 50, 49
+
+    def document():
+        steps = rng.integers(1, 3, size=100)
+        return ((rng.integers(eot) + np.cumsum(steps)) % eot).tolist()
+
+    train, validation = documents_of(*(document() for _ in range(500))), documents_of(*(document() for _ in range(50)))
+    losses = baselines.compute(train, validation, vocab_size, eot)
+    entropy = (math.log(eot) + 100 * math.log(2)) / 101  # the first token is uniform; the known end costs nothing
+    assert losses.uniform > losses.unigram > losses.bigram > entropy
+    assert losses.bigram < entropy + 0.1  # it can't see the end come: (1 + ln 101) / 101 = 0.056 nats
+
+
+def test_a_million_and_a_half_tokens_are_counted_in_seconds():
+    rng = np.random.default_rng(0)
+    inputs_T, targets_T = rng.integers(0, 4096, size=(2, 1_500_000), dtype=np.int32)
+    start = time.perf_counter()
+    baselines.kneser_ney(inputs_T, targets_T, inputs_T[:75_000], targets_T[:75_000], 4096)
+    assert time.perf_counter() - start < 3

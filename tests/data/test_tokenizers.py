@@ -1,0 +1,131 @@
+"""Tokenizers give back any text exactly, mean the same to every process, and survive what happens to a cache."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from moejax import config as config_lib
+from moejax.data import tokenizers
+
+TEXTS = [
+    "",
+    "   leading spaces, trailing spaces   ",
+    "two\r\nlines\r\n\r\n\ttabbed",
+    "emoji 👩‍👩‍👧‍👦 and 漢字, e\u0301 is not é",
+    "\0\x7f\ufeff\uffff\U0010ffff",
+    "a<|endoftext|>b",
+    "<|endoftext|>",
+]
+DOCUMENTS = [f"The {noun} of {other} is {noun}." for noun in ("cat", "night", "rain") for other in ("sea", "sky")] * 3
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEJAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(params=["bytes", "bpe"])
+def tokenizer(request):
+    return tokenizers.build(config_lib.DataConfig(tokenizer=request.param, vocab_size=280), DOCUMENTS)
+
+
+def test_encode_then_decode_is_the_identity_on_any_text(tokenizer):
+    for text in TEXTS + DOCUMENTS:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert all(0 <= i < tokenizer.vocab_size for i in ids)
+    assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+
+
+def test_no_text_encodes_to_end_of_text_not_even_its_name(tokenizer):
+    for text in TEXTS:
+        assert tokenizer.end_of_text not in tokenizer.encode(text)
+    assert len(tokenizer.encode("<|endoftext|>")) > 1
+
+
+def test_end_of_text_and_ids_outside_the_vocabulary_decode_to_nothing_and_broken_utf8_to_the_replacement(tokenizer):
+    ids = tokenizer.encode("né")
+    assert tokenizer.decode(np.array([tokenizer.end_of_text, *ids, tokenizer.vocab_size, 10**6, -1])) == "né"
+    assert tokenizer.decode(tokenizer.encode("é")[:1]) in ("\ufffd", "é")
+    assert tokenizers.Bytes().decode([0xC3, ord("a")]) == "\ufffda"
+
+
+def test_bytes_are_the_utf8_bytes():
+    assert tokenizers.Bytes().encode("aé") == [97, 0xC3, 0xA9]
+    assert (tokenizers.Bytes().vocab_size, tokenizers.Bytes().end_of_text) == (257, 256)
+
+
+def test_what_save_wrote_load_reads_back(tokenizer, tmp_path):
+    path = tmp_path / "run" / "tokenizer.json"
+    tokenizer.save(path)
+    loaded = tokenizers.load(path)
+    assert (loaded.name, loaded.vocab_size, loaded.end_of_text) == (
+        tokenizer.name,
+        tokenizer.vocab_size,
+        tokenizer.end_of_text,
+    )
+    assert loaded.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
+    assert [path.name for path in path.parent.iterdir()] == ["tokenizer.json"]  # nothing half-written is left
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": 3}'])
+def test_load_refuses_what_is_no_tokenizer_in_one_line(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(config_lib.ConfigError, match="does not hold a tokenizer") as error:
+        tokenizers.load(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_bpe_learns_the_merges_of_its_documents_and_stops_where_nothing_repeats():
+    tokenizer = tokenizers.Bpe.train(["abababab cd"], 4096)
+    assert tokenizer.vocab_size == 257 + 2  # ab, abab: no other pair occurs twice
+    assert len(tokenizer.encode("abababab")) == 2
+    assert tokenizers.Bpe.train(DOCUMENTS, 270).vocab_size == 270
+
+
+def test_bpe_training_is_deterministic_across_processes():
+    code = (
+        "from moejax.data import tokenizers\n"
+        "documents = [' '.join(str(i * k) for i in range(200)) for k in range(50)]\n"
+        "print(tokenizers.cache.digest([tokenizers.Bpe.train(documents, 700).to_json()]))"
+    )
+    run = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
+    assert run[0].stdout == run[1].stdout
+    assert len(run[0].stdout.strip()) == 32
+
+
+def test_bpe_is_read_from_the_cache_when_documents_and_size_are_the_same(cache_folder, monkeypatch):
+    config = config_lib.DataConfig(vocab_size=280)
+    built = tokenizers.build(config, iter(DOCUMENTS))
+    assert len(list(cache_folder.iterdir())) == 1
+    tokenizers.build(config_lib.DataConfig(vocab_size=281), DOCUMENTS)
+    tokenizers.build(config, DOCUMENTS[1:])
+    assert len(list(cache_folder.iterdir())) == 3
+
+    def never(*args):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(tokenizers.Bpe, "train", never)
+    assert tokenizers.build(config, DOCUMENTS).encode_batch(TEXTS) == built.encode_batch(TEXTS)
+
+
+def test_a_corrupt_cache_file_is_built_again(cache_folder):
+    config = config_lib.DataConfig(vocab_size=280)
+    built = tokenizers.build(config, DOCUMENTS)
+    (path,) = cache_folder.iterdir()
+    whole = path.read_bytes()
+    for damage in (whole[: len(whole) // 2], b"", b"\xff"):
+        path.write_bytes(damage)
+        assert tokenizers.build(config, DOCUMENTS).encode_batch(TEXTS) == built.encode_batch(TEXTS)
+        assert path.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_costs_the_cache_only(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("MOEJAX_CACHE", str(tmp_path / "file" / "cache"))
+    assert tokenizers.build(config_lib.DataConfig(vocab_size=280), DOCUMENTS).vocab_size == 280
