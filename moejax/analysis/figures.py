@@ -15,9 +15,9 @@ from xml.etree import ElementTree
 import matplotlib
 import numpy as np
 from matplotlib import axes as mpl_axes
+from matplotlib import colors, ticker
 from matplotlib import figure as mpl_figure
 from matplotlib import lines as mpl_lines
-from matplotlib import ticker
 
 # Okabe & Ito's colours, distinct to colour-blind readers; without yellow, which is faint on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -86,7 +86,7 @@ def bin_means(steps_S: np.ndarray, values_S: np.ndarray, max_bins: int = MAX_BIN
 
 
 def short(value: float, _: object = None) -> str:
-    """2,440,185 is 2.44M, 12345.6 is 12,346 and 0.00050 is 0.0005. The second argument is matplotlib's: a tick's position."""
+    """2,440,185 is 2.44M, 12345.6 is 12,346, 0.00050 is 0.0005. matplotlib passes a tick's position as well."""
     for size, suffix in ((1e9, "B"), (1e6, "M")):
         if abs(value) >= size:
             return f"{value / size:.4g}{suffix}"
@@ -140,11 +140,14 @@ def _draw_loss(
     with matplotlib.rc_context(_STYLE):
         figure = mpl_figure.Figure(figsize=(_WIDE, 3.4))
         axes = figure.add_subplot()
+        handles: dict[str, mpl_lines.Line2D] = {}
         for index, run in enumerate(curves):
             colour, dashes = _colour(index, len(curves)), _dashes(index)
             marker = "o" if np.isfinite(run.loss_S).sum() == 1 else None  # a line through one point is invisible
-            raw = axes.plot(run.steps_S, run.loss_S, color=colour, alpha=0.35, linewidth=0.7, marker=marker)[0]
-            ema = axes.plot(run.steps_S, run.ema_S, color=colour, linestyle=dashes, linewidth=2)[0]
+            # A tint, not opacity: browsers draw thin transparent lines opaque where they cross themselves.
+            tint = tuple(0.35 * part + 0.65 for part in colors.to_rgb(colour))
+            raw = axes.plot(run.steps_S, run.loss_S, color=tint, linewidth=0.7, marker=marker, zorder=1.5)[0]
+            ema = axes.plot(run.steps_S, run.ema_S, color=colour, linestyle=dashes, linewidth=2, zorder=2.5)[0]
             seen_S = np.isfinite(run.validation_S)
             size = min(5.5, max(2.0, 160 / max(1, seen_S.sum())))  # many markers shrink, not to hide the average
             validation = axes.plot(
@@ -158,12 +161,12 @@ def _draw_loss(
                 markeredgewidth=size / 8,
                 zorder=3,
             )[0]
-            if len(curves) == 1:
-                shown = {"training step": raw, "moving average": ema}
-                _legend(figure, shown | ({"validation": validation} if seen_S.any() else {}))
-        if len(curves) > 1:
-            averages = [line for line in axes.lines if line.get_linewidth() == 2]
-            _legend(figure, {run.name: line for run, line in zip(curves, averages, strict=True)})
+            if len(curves) > 1:
+                handles[run.name] = ema
+            else:
+                handles = {"training step": raw, "moving average": ema}
+                handles |= {"validation": validation} if seen_S.any() else {}
+        _legend(figure, handles)
         shown = sorted((level, label) for label, level in baselines.items() if limits[0] <= level <= limits[1])
         lowest = -np.inf
         for level, label in shown:
