@@ -5,6 +5,7 @@ mesh axes behind those names.
 """
 
 import math
+from typing import Any
 
 import jax
 from flax import nnx
@@ -19,7 +20,7 @@ BATCH_AXES = ("data", "fsdp", "expert")  # the rows of a batch are split over th
 RULES = {"vocab": "tensor", "embed": "fsdp", "ffn": "tensor", "inner": "tensor", "heads": "tensor", "expert": "expert"}
 
 
-def make_mesh(config: config_lib.MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: config_lib.MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """The mesh over the devices (None: all); an axis of -1 takes the devices that the others leave.
 
     Raises:

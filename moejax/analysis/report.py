@@ -9,7 +9,6 @@ report can be made while the run goes on, and on a machine without jax.
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import statistics
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from moejax import config
+from moejax import config, files
 from moejax.analysis import figures
 
 NUM_SAMPLES = 2  # newest samples shown
@@ -72,8 +71,8 @@ def write(folders: Sequence[pathlib.Path], output: pathlib.Path | None = None) -
     if not output.parent.is_dir():
         raise config.ConfigError(f"output={output} lies in a folder that does not exist; make {output.parent}")
     results = [_numbers(run) for run in runs]
-    _replace(output, _page(runs, results))
-    _replace(output.with_suffix(".json"), json.dumps({"runs": results}, indent=2, allow_nan=False) + "\n")
+    files.write(output, _page(runs, results))
+    files.write(output.with_suffix(".json"), json.dumps({"runs": results}, indent=2, allow_nan=False) + "\n")
     return output
 
 
@@ -94,37 +93,17 @@ def read(folder: pathlib.Path) -> Run:
         if not (folder / name).is_file():
             raise config.ConfigError(f"{folder} has no {name}; name a run's folder, the --workdir of moejax train")
     # A run that was killed repeats the steps since its last checkpoint: the later row of a step is the one that counts.
-    rows = {row["step"]: row for row in _read_lines(folder / "metrics.jsonl")}
+    rows = {row["step"]: row for row in files.read_rows(folder / "metrics.jsonl")}
     if not rows:
         raise config.ConfigError(f"{folder}/metrics.jsonl has no complete row yet; wait for the first step")
     evaluation, samples = folder / "eval.json", folder / "samples.jsonl"
     return Run(
         name=folder.resolve().name,
-        config=_flatten(_read_json(folder / "config.json")),
+        config=_flatten(files.read_json(folder / "config.json")),
         rows=[rows[step] for step in sorted(rows)],
-        evaluation=_read_json(evaluation) if evaluation.is_file() else None,
-        samples=_read_lines(samples) if samples.is_file() else [],
+        evaluation=files.read_json(evaluation) if evaluation.is_file() else None,
+        samples=files.read_rows(samples) if samples.is_file() else [],
     )
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise config.ConfigError(f"{path} is not JSON ({error}); mend or remove it") from error
-
-
-def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    lines = path.read_bytes().splitlines()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if number == len(lines):
-                break  # still being written, or cut off when the run was killed
-            raise config.ConfigError(f"{path} line {number} is not JSON ({error}); mend or remove it") from error
-    return rows
 
 
 def _flatten(values: dict[str, Any], path: str = "") -> dict[str, Any]:
@@ -133,12 +112,6 @@ def _flatten(values: dict[str, Any], path: str = "") -> dict[str, Any]:
     for name, value in values.items():
         flat |= _flatten(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
     return flat
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 
 from moejax import config as config_lib
-from moejax import partition
+from moejax import files, partition
 from moejax.analysis import baselines
 from moejax.data import pipeline, tokenizers
 from moejax.models import generate, lm
-from moejax.training import checkpoint, evaluate, metrics, state, trainer
+from moejax.training import checkpoint, evaluate, folder, state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +35,16 @@ def load(workdir: pathlib.Path) -> Run:
     Raises:
       ConfigError: the folder holds no run, or no checkpoint that can be read.
     """
-    config = trainer.load_config(workdir)
-    folder = workdir / "checkpoints"
-    none = config_lib.ConfigError(f"--workdir={workdir} holds no checkpoint that can be read; run moejax train first")
-    tokenizer = trainer.load_tokenizer(workdir)
+    config = folder.load_config(workdir)
+    saved = workdir / "checkpoints"
+    none = config_lib.ConfigError(f"--workdir={workdir} holds no checkpoint yet; run moejax train first")
+    tokenizer = folder.load_tokenizer(workdir)
     if tokenizer is None:
         raise none
     mesh = partition.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
-    checkpoints = checkpoint.Checkpoints(folder, config.checkpoint, read_only=True)
+    checkpoints = checkpoint.Checkpoints(saved, config.checkpoint, read_only=True)
     try:
-        restored = checkpoints.restore(state.abstract(config, mesh), on_corrupt=trainer.report_corrupt(workdir))
+        restored = checkpoints.restore(state.abstract(config, mesh), on_corrupt=folder.report_corrupt(workdir))
     finally:
         checkpoints.close()
     if restored is None:
@@ -73,7 +73,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         **({"dropped": result["dropped"]} if "dropped" in result else {}),
         "baselines": dataclasses.asdict(of_split),
     }
-    metrics.write_text(run.workdir / "eval.json", json.dumps(summary, indent=2) + "\n")
+    files.write(run.workdir / "eval.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -139,7 +139,7 @@ def complete(workdir: pathlib.Path) -> None:
     """Makes what a report wants and the folder lacks: the evaluation and a sample of the newest checkpoint, if any."""
     steps = [int(entry.name) for entry in (workdir / "checkpoints").glob("*") if entry.name.isdigit()]
     evaluation = workdir / "eval.json"
-    evaluated = evaluation.exists() and json.loads(evaluation.read_text()).get("step") == max(steps, default=None)
+    evaluated = evaluation.exists() and files.read_json(evaluation).get("step") == max(steps, default=None)
     sampled = (workdir / "samples.jsonl").exists()
     if not steps or (evaluated and sampled):
         return

@@ -3,10 +3,11 @@
 import hashlib
 import os
 import pathlib
-import uuid
 from collections.abc import Iterable
 
 from absl import logging
+
+from moejax import files
 
 
 def folder() -> pathlib.Path:
@@ -26,20 +27,9 @@ def digest(parts: Iterable[str]) -> str:
     return state.hexdigest()
 
 
-def write(path: pathlib.Path, text: str) -> None:
-    """Writes the file whole or not at all, whoever else writes it and whenever the process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        partial.write_bytes(text.encode())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def store(path: pathlib.Path, text: str) -> None:
-    """`write`, but a folder that can't be written costs a warning and not the run."""
+    """`files.write`, but a folder that can't be written costs a warning and not the run."""
     try:
-        write(path, text)
+        files.write(path, text)
     except OSError as error:
         logging.warning("%s is not cached (%s); set MOEJAX_CACHE to a folder that can be written", path, error)

@@ -12,6 +12,7 @@ from absl import logging
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moejax import config as config_lib
+from moejax import files
 from moejax.data import cache
 
 END_OF_TEXT = "<|endoftext|>"  # its name in the vocabulary; in a text these characters mean nothing
@@ -81,7 +82,7 @@ class Bytes:
         return bytes(i for i in ids if 0 <= i < config_lib.NUM_BYTES).decode(errors="replace")
 
     def save(self, path: pathlib.Path) -> None:
-        cache.write(path, json.dumps(_BYTES_FILE))
+        files.write(path, json.dumps(_BYTES_FILE))
 
 
 _BYTES_FILE = {"type": "bytes"}
@@ -132,7 +133,7 @@ class Bpe:
         return self._model.to_str()
 
     def save(self, path: pathlib.Path) -> None:
-        cache.write(path, self.to_json())
+        files.write(path, self.to_json())
 
 
 def build(config: config_lib.DataConfig, documents: Iterable[str]) -> Tokenizer:

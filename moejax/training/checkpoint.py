@@ -6,6 +6,7 @@ every leaf: the storage underneath notices a file that is missing or cut short, 
 
 import contextlib
 import gc
+import itertools
 import logging
 import pathlib
 import sys
@@ -54,20 +55,32 @@ class Checkpoints:
     def restore(
         self, abstract: state_lib.TrainState, on_corrupt: Callable[[int, str], None]
     ) -> tuple[state_lib.TrainState, int] | None:
-        """The newest checkpoint that reads back whole, and its step; None if there is none.
+        """The newest checkpoint that reads back whole, and its step; None if the folder has none.
 
         Args:
           abstract: shapes, dtypes and shardings to restore to.
-          on_corrupt: called with (step, reason) for each newer checkpoint that is damaged. It is left as it is, or
-            when this object may write, moved aside to `<step>.corrupt` so that its step can be saved again.
+          on_corrupt: called with (step, reason) for each newer checkpoint that is damaged. Unless this object is
+            read-only, those are moved aside to `<step>.corrupt`, so that their steps can be saved again.
+
+        Raises:
+          ConfigError: there are checkpoints, and every one is damaged; nothing has been moved.
         """
+        damaged = []
         for step in reversed(self.steps()):
             try:
                 with _quiet():
-                    return self._read(abstract, step), step
+                    state = self._read(abstract, step)
             except Exception as error:  # storage raises many kinds; all mean that this checkpoint cannot be had
-                on_corrupt(step, " ".join(str(error).split())[:160] or type(error).__name__)
-                self._set_aside(step)
+                on_corrupt(step, " ".join(str(error).split()).partition(" See ")[0][:120] or type(error).__name__)
+                damaged.append(step)
+                continue
+            self._set_aside(damaged)
+            return state, step
+        if damaged:
+            raise config_lib.ConfigError(
+                f"none of the {len(damaged)} checkpoints in {self.folder} can be read; "
+                "bring one back from a copy, or choose another --workdir"
+            )
         return None
 
     def wait(self) -> None:
@@ -89,17 +102,14 @@ class Checkpoints:
                 raise ValueError(f"the checksum of {name} does not match")
         return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in targets])
 
-    def _set_aside(self, step: int) -> None:
-        if self._options.read_only:
+    def _set_aside(self, steps: list[int]) -> None:
+        if self._options.read_only or not steps:
             return
         self._manager.close()
-        damaged = self.folder / str(step)
-        target = damaged.with_name(f"{step}.corrupt")
-        number = 1
-        while target.exists():
-            number += 1
-            target = damaged.with_name(f"{step}.corrupt{number}")
-        damaged.rename(target)
+        for step in steps:
+            names = (f"{step}.corrupt{number or ''}" for number in itertools.count())
+            target = next(path for path in map(self.folder.joinpath, names) if not path.exists())
+            (self.folder / str(step)).rename(target)
         self._manager = ocp.CheckpointManager(self.folder.absolute(), options=self._options)
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import tensorboardX
 import tqdm
 
+from moejax import files
+
 SCALARS = (
     "loss",
     "ema_loss",
@@ -22,34 +24,15 @@ SCALARS = (
 )
 
 
-def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The whole rows of a metrics.jsonl; a last line cut short by a kill is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return rows
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 class MetricsWriter:
     """Appends a row a step. What `flush` returns from survives the death of the process."""
 
     def __init__(self, workdir: pathlib.Path, *, step: int):
         """Rows after `step`, from before an interruption, are dropped: the run will write them again."""
         path = workdir / "metrics.jsonl"
-        self.last = next((row for row in reversed(read(path)) if row["step"] <= step), None)
-        kept = [row for row in read(path) if row["step"] <= step]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        kept = [row for row in files.read_rows(path) if row["step"] <= step] if path.exists() else []
+        self.last = kept[-1] if kept else None
+        files.write(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
         self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
 

@@ -12,12 +12,10 @@ import jax
 import numpy as np
 
 from moejax import config as config_lib
-from moejax import partition
-from moejax.data import pipeline, tokenizers
-from moejax.training import checkpoint, evaluate, metrics
+from moejax import files, partition
+from moejax.data import pipeline
+from moejax.training import checkpoint, evaluate, folder, metrics
 from moejax.training import state as state_lib
-
-TOKENIZER_FILE = "tokenizer.json"
 
 
 class TrainingError(RuntimeError):
@@ -48,26 +46,28 @@ class Stop:
 def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
     """Trains to training.num_steps, or goes on from the newest checkpoint in workdir.
 
-    Writes config.json, tokenizer.json, metrics.jsonl, TensorBoard events and checkpoints/ into workdir.
+    Writes config.json, data.json, tokenizer.json, metrics.jsonl, TensorBoard events and checkpoints/ into workdir.
 
     Raises:
       ConfigError: a setting that cannot be, or a workdir of another model; nothing on disk has changed.
       TrainingError: the loss or the gradient is no longer finite.
     """
-    check_workdir(config, workdir)
+    folder.check(config, workdir)
     mesh = partition.make_mesh(config.mesh)
     partition.check_batch(config, mesh)
-    prepared = pipeline.prepare(config.data, load_tokenizer(workdir))
-    check_vocabulary(config, prepared.tokenizer)
+    prepared = pipeline.prepare(config.data, folder.load_tokenizer(workdir))
+    folder.check_vocabulary(config, prepared.tokenizer)
+    folder.check_corpus(prepared, workdir)
 
     workdir.mkdir(parents=True, exist_ok=True)
-    metrics.write_text(workdir / "config.json", json.dumps(config_lib.to_dict(config), indent=2) + "\n")
-    prepared.tokenizer.save(workdir / TOKENIZER_FILE)
+    files.write(workdir / "config.json", json.dumps(config_lib.to_dict(config), indent=2) + "\n")
+    files.write(workdir / folder.DATA_FILE, json.dumps(prepared.describe(), indent=2) + "\n")
+    prepared.tokenizer.save(workdir / folder.TOKENIZER_FILE)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint)
     metrics.say(describe(config, mesh, prepared))
 
     # Resume wins over initialisation.
-    restored = checkpoints.restore(state_lib.abstract(config, mesh), on_corrupt=report_corrupt(workdir))
+    restored = checkpoints.restore(state_lib.abstract(config, mesh), on_corrupt=folder.report_corrupt(workdir))
     if restored is None:
         state, start = state_lib.create(config, mesh), 0
     else:
@@ -189,62 +189,6 @@ class RowLog:
             raise TrainingError(
                 f"step {step} is not finite ({what}); {safe}; lower optimizer.learning_rate or optimizer.clip_norm"
             )
-
-
-def check_workdir(config: config_lib.Config, workdir: pathlib.Path) -> None:
-    """Refuses a folder whose checkpoints are of another model or other rows; reads only."""
-    folder = workdir / "checkpoints"
-    if workdir.exists() and not workdir.is_dir():
-        raise config_lib.ConfigError(f"--workdir={workdir} is a file; name a folder")
-    if not folder.is_dir() or not any(entry.name.isdigit() for entry in folder.iterdir()):
-        return
-    for path, old, new in config_lib.differences(load_config(workdir), config):
-        if config_lib.blocks_resume(path):
-            raise config_lib.ConfigError(
-                f"{path}={new} but the checkpoints in {workdir} were made with {path}={old}; "
-                "set it back, or choose another --workdir"
-            )
-        metrics.say(f"resuming with {path}={new} (was {old})")
-
-
-def load_config(workdir: pathlib.Path) -> config_lib.Config:
-    """The config that a run has written into its folder."""
-    path = workdir / "config.json"
-    try:
-        return config_lib.from_dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise config_lib.ConfigError(
-            f"--workdir={workdir} holds no config.json; name the folder of a run of moejax train"
-        ) from None
-    except (json.JSONDecodeError, AttributeError, TypeError) as error:
-        raise config_lib.ConfigError(f"{path} cannot be read ({error}); restore it from a copy") from None
-
-
-def load_tokenizer(workdir: pathlib.Path) -> tokenizers.Tokenizer | None:
-    """The tokenizer a run has saved: its checkpoints mean nothing under another one. None before there are any."""
-    saved = (workdir / TOKENIZER_FILE).exists() and (workdir / "checkpoints").is_dir()
-    has_steps = saved and any(entry.name.isdigit() for entry in (workdir / "checkpoints").iterdir())
-    return tokenizers.load(workdir / TOKENIZER_FILE) if has_steps else None
-
-
-def check_vocabulary(config: config_lib.Config, tokenizer: tokenizers.Tokenizer) -> None:
-    """Refuses a tokenizer with more entries than the model has rows."""
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise config_lib.ConfigError(
-            f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {tokenizer.vocab_size} entries; "
-            f"set it to {tokenizer.vocab_size} or more"
-        )
-
-
-def report_corrupt(workdir: pathlib.Path):
-    """Says that a checkpoint is damaged and that the one before it is tried."""
-
-    def report(step: int, reason: str) -> None:
-        metrics.say(
-            f"the checkpoint of step {step} in {workdir} is damaged ({reason}); falling back to the one before it"
-        )
-
-    return report
 
 
 def describe(config: config_lib.Config, mesh: jax.sharding.Mesh, prepared: pipeline.Prepared) -> str:

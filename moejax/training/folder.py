@@ -1,0 +1,84 @@
+"""A run's folder: what makes two runs the same, and how a run is found again."""
+
+import pathlib
+from collections.abc import Callable
+
+from moejax import config as config_lib
+from moejax import files
+from moejax.data import pipeline, tokenizers
+from moejax.training import metrics
+
+TOKENIZER_FILE = "tokenizer.json"
+DATA_FILE = "data.json"  # what the corpus was: `pipeline.Prepared.describe`
+
+
+def check(config: config_lib.Config, workdir: pathlib.Path) -> None:
+    """Refuses a folder whose checkpoints are of another model or other rows; reads only."""
+    if workdir.exists() and not workdir.is_dir():
+        raise config_lib.ConfigError(f"--workdir={workdir} is a file; name a folder")
+    if not has_checkpoints(workdir):
+        return
+    for path, old, new in config_lib.differences(load_config(workdir), config):
+        if config_lib.blocks_resume(path):
+            raise config_lib.ConfigError(
+                f"{path}={new} but the checkpoints in {workdir} were made with {path}={old}; "
+                "set it back, or choose another --workdir"
+            )
+        metrics.say(f"resuming with {path}={new} (was {old})")
+
+
+def check_corpus(prepared: pipeline.Prepared, workdir: pathlib.Path) -> None:
+    """Refuses to go on with other documents than the run began with: its order of rows would be another."""
+    path = workdir / DATA_FILE
+    if not has_checkpoints(workdir) or not path.exists():
+        return
+    old, new = files.read_json(path), prepared.describe()
+    if old["digest"] != new["digest"]:
+        raise config_lib.ConfigError(
+            f"the corpus has changed since the run in {workdir} began ({old['train_documents']} documents of "
+            f"{old['train_tokens']} tokens then, {new['train_documents']} with {new['train_tokens']} now); "
+            "bring the documents back, or choose another --workdir"
+        )
+
+
+def has_checkpoints(workdir: pathlib.Path) -> bool:
+    """Whether the folder holds any checkpoint, sound or not."""
+    folder = workdir / "checkpoints"
+    return folder.is_dir() and any(entry.name.isdigit() for entry in folder.iterdir())
+
+
+def load_config(workdir: pathlib.Path) -> config_lib.Config:
+    """The config that a run has written into its folder."""
+    path = workdir / "config.json"
+    try:
+        return config_lib.from_dict(files.read_json(path))
+    except FileNotFoundError:
+        raise config_lib.ConfigError(
+            f"--workdir={workdir} holds no config.json; name the folder of a run of moejax train"
+        ) from None
+
+
+def load_tokenizer(workdir: pathlib.Path) -> tokenizers.Tokenizer | None:
+    """The tokenizer a run has saved: its checkpoints mean nothing under another one. None before there are any."""
+    path = workdir / TOKENIZER_FILE
+    return tokenizers.load(path) if has_checkpoints(workdir) and path.exists() else None
+
+
+def check_vocabulary(config: config_lib.Config, tokenizer: tokenizers.Tokenizer) -> None:
+    """Refuses a tokenizer with more entries than the model has rows."""
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise config_lib.ConfigError(
+            f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {tokenizer.vocab_size} entries; "
+            f"set it to {tokenizer.vocab_size} or more"
+        )
+
+
+def report_corrupt(workdir: pathlib.Path) -> Callable[[int, str], None]:
+    """Says that a checkpoint is damaged and that the one before it is tried."""
+
+    def report(step: int, reason: str) -> None:
+        metrics.say(
+            f"the checkpoint of step {step} in {workdir} is damaged ({reason}); falling back to the one before it"
+        )
+
+    return report
