@@ -9,6 +9,7 @@ import difflib
 import json
 import os
 import pathlib
+import platform
 import sys
 import typing
 from typing import Any
@@ -40,6 +41,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config = read_config(arguments.config, overrides)
     from moejax.training import trainer
 
+    keep_compiled_programs()
     try:
         trainer.train(config, arguments.workdir)
     except trainer.TrainingError as error:
@@ -52,6 +54,7 @@ def evaluate(arguments: argparse.Namespace, _: list[str]) -> int:
     """Loss and perplexity on the held-out split."""
     from moejax.analysis import run as run_lib
 
+    keep_compiled_programs()
     summary = run_lib.evaluate_run(run_lib.load(arguments.workdir))
     if arguments.json:
         print(json.dumps(summary))
@@ -74,6 +77,7 @@ def generate(arguments: argparse.Namespace, _: list[str]) -> int:
             raise config_lib.ConfigError(f"--{name}={value} must be {minimum} or more; raise it")
     from moejax.analysis import run as run_lib
 
+    keep_compiled_programs()
     texts = run_lib.write_sample(
         run_lib.load(arguments.workdir),
         arguments.prompt,
@@ -104,11 +108,29 @@ def report(arguments: argparse.Namespace, _: list[str]) -> int:
     from moejax.analysis import report as report_lib
     from moejax.analysis import run as run_lib
 
+    keep_compiled_programs()
     for folder in arguments.folders:
         report_lib.read(folder)  # refuses what is not a run's folder before anything is computed
         run_lib.complete(folder)
     print(report_lib.write(arguments.folders, arguments.output))
     return 0
+
+
+def keep_compiled_programs() -> None:
+    """Lets jax keep compiled programs in the cache folder, so that resuming or evaluating a run starts at once.
+
+    A folder a processor: a program compiled for one may not run on another that shares the home folder.
+    """
+    import jax
+
+    from moejax.data import cache
+
+    if jax.config.jax_compilation_cache_dir is None:
+        cpuinfo = pathlib.Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        features = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+        folder = f"xla-{cache.digest([platform.machine(), *features])}"
+        jax.config.update("jax_compilation_cache_dir", str(cache.folder() / folder))
 
 
 def read_config(file: str, overrides: list[str]) -> config_lib.Config:
@@ -133,8 +155,9 @@ def read_config(file: str, overrides: list[str]) -> config_lib.Config:
         config = values["config"].value
     except flags.IllegalFlagValueError as error:
         raise config_lib.ConfigError(_wrong_type(overrides, error)) from None
-    except (flags.Error, KeyError, ValueError) as error:
-        raise config_lib.ConfigError(f"--config={file}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # the file is the user's program: anything may come out of it
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise config_lib.ConfigError(f"--config={file} cannot be read ({what}); mend the file") from None
     if rest:
         raise config_lib.ConfigError(f"{rest[0]} is not an option; write overrides as --config.a.b=value")
     if not isinstance(config, config_lib.Config):
