@@ -125,7 +125,7 @@ def keep_compiled_programs() -> None:
 
     from moejax.data import cache
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values.get("jax_compilation_cache_dir") is None:
         cpuinfo = pathlib.Path("/proc/cpuinfo")
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
         features = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})

@@ -9,14 +9,11 @@ import dataclasses
 import json
 import math
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 BRANCHES = ("mamba", "attention", "mlp", "moe")
 NUM_BYTES = 256  # the byte tokenizer has these and one end-of-text token
-
-# Two runs with the same seed read the same rows in the same order only if all of these agree.
-_FREE_ON_RESUME = ("training.", "checkpoint.", "mesh.", "optimizer.", "data.num_workers")
-_NEVER_FREE = ("training.seed",)
 
 
 class ConfigError(ValueError):
@@ -181,7 +178,7 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
-# --- rules ---------------------------------------------------------------------------------------------------------
+# --- rules ---
 
 
 def _require(ok: bool, message: str) -> None:
@@ -199,10 +196,9 @@ def _at_least(config: Config, minimum: float, *paths: str) -> None:
         _require(math.isfinite(value) and value >= minimum, f"{path}={value} must be {minimum} or more; raise it")
 
 
-def _fraction(config: Config, *paths: str) -> None:
+def _positive(config: Config, *paths: str) -> None:
     for path in paths:
-        value = get(config, path)
-        _require(0 <= value < 1, f"{path}={value} must lie in [0, 1); change it")
+        _require(0 < get(config, path) < math.inf, f"{path}={get(config, path)} must be positive; raise it")
 
 
 def get(config: Config, path: str) -> Any:
@@ -233,8 +229,7 @@ def _validate_model(model: ModelConfig) -> None:
     _one_of("model.norm", model.norm, ("rmsnorm", "layernorm"))
     _one_of("model.remat", model.remat, ("none", "period"))
     _one_of("model.compute_dtype", model.compute_dtype, ("float32", "bfloat16"))
-    for path in ("model.norm_eps", "model.init_scale", "model.embedding_std"):
-        _require(get(config, path) > 0, f"{path}={get(config, path)} must be positive; raise it")
+    _positive(config, "model.norm_eps", "model.init_scale", "model.embedding_std")
     if model.uses("mamba"):
         mamba = model.mamba
         _at_least(config, 1, "model.mamba.d_state", "model.mamba.d_conv", "model.mamba.chunk_size")
@@ -305,14 +300,6 @@ def _validate_data(config: Config) -> None:
         f"model.vocab_size={config.model.vocab_size} is below the {size} tokens of data.tokenizer={data.tokenizer}; "
         f"set it to {size} or more",
     )
-    moe = config.model.moe
-    rows = data.batch_size // max(1, config.training.num_microbatches)
-    if config.model.uses("moe") and moe.group_size:
-        _require(
-            rows * data.seq_length % moe.group_size == 0,
-            f"model.moe.group_size={moe.group_size} does not divide a microbatch of {rows * data.seq_length} tokens "
-            f"({rows} rows of {data.seq_length}); set it to 0 or to a divisor",
-        )
 
 
 def _validate_training(config: Config) -> None:
@@ -327,12 +314,13 @@ def _validate_training(config: Config) -> None:
         f"data.batch_size={config.data.batch_size}; change one of them",
     )
     _at_least(config, 0, "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.clip_norm")
-    _fraction(config, "optimizer.beta1", "optimizer.beta2")
+    for path in ("optimizer.beta1", "optimizer.beta2"):
+        _require(0 <= get(config, path) < 1, f"{path}={get(config, path)} must lie in [0, 1); change it")
     _require(
         0 <= optimizer.final_fraction <= 1,
         f"optimizer.final_fraction={optimizer.final_fraction} must lie in [0, 1]; change it",
     )
-    _require(optimizer.eps > 0, f"optimizer.eps={optimizer.eps} must be positive; raise it")
+    _positive(config, "optimizer.eps")
     _one_of("optimizer.decay", optimizer.decay, ("matrices", "all"))
     sizes = dataclasses.asdict(config.mesh)
     for name, size in sizes.items():
@@ -343,7 +331,7 @@ def _validate_training(config: Config) -> None:
     )
 
 
-# --- as data -------------------------------------------------------------------------------------------------------
+# --- as data ---
 
 
 def _check_types(node: Any, path: str = "") -> None:
@@ -392,25 +380,18 @@ def _fill(node: Any, values: dict[str, Any], path: str) -> None:
 
 def flatten(config: Config) -> dict[str, Any]:
     """Every leaf field by its dotted path, in order of declaration."""
-    flat: dict[str, Any] = {}
 
-    def walk(values: dict[str, Any], path: str) -> None:
+    def leaves(values: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
         for name, value in values.items():
             if isinstance(value, dict):
-                walk(value, f"{path}{name}.")
+                yield from leaves(value, f"{path}{name}.")
             else:
-                flat[f"{path}{name}"] = value
+                yield f"{path}{name}", value
 
-    walk(to_dict(config), "")
-    return flat
+    return dict(leaves(to_dict(config), ""))
 
 
 def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     """(path, old value, new value) of every field that differs."""
     before, after = flatten(old), flatten(new)
     return [(path, before[path], after[path]) for path in before if before[path] != after[path]]
-
-
-def blocks_resume(path: str) -> bool:
-    """Whether a run cannot go on after this field has changed: the model or the rows would be others."""
-    return path in _NEVER_FREE or not path.startswith(_FREE_ON_RESUME)

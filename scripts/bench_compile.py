@@ -44,7 +44,7 @@ def measure(num_periods: int) -> tuple[float, float]:
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--periods", type=int, nargs=2, default=(4, 32))
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()

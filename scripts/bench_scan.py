@@ -29,7 +29,7 @@ def plain(u_BLI, dt_BLI, A_IN, B_BLN, C_BLN, D_I):
 
 def main() -> None:
     """Measures and prints one table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     for name, default in (("batch", 4), ("length", 512), ("inner", 512), ("state", 16), ("repeats", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     a = parser.parse_args()

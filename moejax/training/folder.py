@@ -11,6 +11,10 @@ from moejax.training import metrics
 TOKENIZER_FILE = "tokenizer.json"
 DATA_FILE = "data.json"  # what the corpus was: `pipeline.Prepared.describe`
 
+# What a run may change when it goes on; anything else would make another model, or other rows in another order.
+_FREE_ON_RESUME = ("training.", "checkpoint.", "mesh.", "optimizer.", "data.num_workers")
+_NEVER_FREE = ("training.seed",)
+
 
 def check(config: config_lib.Config, workdir: pathlib.Path) -> None:
     """Refuses a folder whose checkpoints are of another model or other rows; reads only."""
@@ -19,12 +23,17 @@ def check(config: config_lib.Config, workdir: pathlib.Path) -> None:
     if not has_checkpoints(workdir):
         return
     for path, old, new in config_lib.differences(load_config(workdir), config):
-        if config_lib.blocks_resume(path):
+        if blocks_resume(path):
             raise config_lib.ConfigError(
                 f"{path}={new} but the checkpoints in {workdir} were made with {path}={old}; "
                 "set it back, or choose another --workdir"
             )
         metrics.say(f"resuming with {path}={new} (was {old})")
+
+
+def blocks_resume(path: str) -> bool:
+    """Whether a run cannot go on after this field of its config has changed."""
+    return path in _NEVER_FREE or not path.startswith(_FREE_ON_RESUME)
 
 
 def check_corpus(prepared: pipeline.Prepared, workdir: pathlib.Path) -> None:

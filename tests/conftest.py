@@ -1,0 +1,43 @@
+"""Eight virtual CPU devices, and downloads and trained tokenizers in a folder of this test run."""
+
+import os
+
+# before anything imports jax, which reads them once
+# LLVM's optimiser takes most of the time to compile and is not what we test.
+_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def slope():
+    """d/ds f(x + s d) at s = 0 of a float64 function of an array, by central differences: what gradients must give."""
+
+    def central(function, x, direction, eps=1e-6):
+        x, direction = np.asarray(x, np.float64), np.asarray(direction, np.float64)
+        return (function(x + eps * direction) - function(x - eps * direction)) / (2 * eps)
+
+    return central
+
+
+@pytest.fixture(scope="session")
+def fill():
+    """make() with weights drawn by numpy instead of its own: nothing compiles, and no initial 0 or 1 hides a fault."""
+
+    def filled(make, seed=0, scale=0.5):
+        rng = np.random.default_rng(seed)
+        shapes = jax.eval_shape(make)
+        return jax.tree.map(lambda leaf: (scale * rng.normal(size=leaf.shape)).astype(leaf.dtype), shapes)
+
+    return filled

@@ -1,0 +1,261 @@
+"""Every implementation of the selective scan is the recurrence of the paper, in values and in gradients.
+
+The reference here is a loop in float64, with its gradients derived by hand. float32 keeps 7 digits and the sums are
+short, so 2e-5 of the largest value is a bound with room.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.ops import scan
+
+BATCH, INNER, STATES = 2, 3, 4
+NAMES = ("u", "dt", "A", "B", "C", "D", "initial state")
+CHUNK, LENGTH = 3, 8
+# (chunk size, length): one token, one below, at and above a chunk, not a multiple, one token a chunk
+SHAPES = [(CHUNK, 1), (CHUNK, 2), (CHUNK, 3), (CHUNK, 4), (CHUNK, LENGTH), (1, 3)]
+
+every_implementation = pytest.mark.parametrize("implementation", list(scan.IMPLEMENTATIONS))
+
+
+def draw(length=LENGTH, seed=0, batch=BATCH) -> Any:
+    """(u, dt, A, B, C, D, initial state) in float32."""
+    rng = np.random.default_rng(seed)
+    values = (
+        rng.normal(size=(batch, length, INNER)),
+        np.exp(rng.uniform(np.log(0.01), np.log(2.0), size=(batch, length, INNER))),
+        -np.exp(rng.uniform(-1, 1, size=(INNER, STATES))),
+        rng.normal(size=(batch, length, STATES)),
+        rng.normal(size=(batch, length, STATES)),
+        rng.normal(size=INNER),
+        rng.normal(size=(batch, INNER, STATES)),
+    )
+    return tuple(value.astype(np.float32) for value in values)
+
+
+def draw_cotangents(length=LENGTH, seed=1, batch=BATCH):
+    """Weights of y and of the final state in a loss that uses both."""
+    rng = np.random.default_rng(seed)
+    return (
+        rng.normal(size=(batch, length, INNER)).astype(np.float32),
+        rng.normal(size=(batch, INNER, STATES)).astype(np.float32),
+    )
+
+
+def draw_segments(length=LENGTH, seed=2, batch=BATCH):
+    return np.cumsum(np.random.default_rng(seed).random((batch, length)) < 0.3, axis=1).astype(np.int32)
+
+
+def recurrence(inputs, segments):
+    """The paper's equations 2a and 2b with Algorithm 2's discretisation: y, the final state, and h[t-1], h[t]."""
+    u, dt, A, B, C, D, h = (np.array(x, np.float64) for x in inputs)
+    batch, length, inner = u.shape
+    y = np.zeros(u.shape)
+    before = np.zeros((batch, length, inner, A.shape[1]))
+    after = np.zeros_like(before)
+    for b in range(batch):
+        for t in range(length):
+            if t > 0 and segments[b, t] != segments[b, t - 1]:
+                h[b] = 0
+            before[b, t] = h[b]
+            for i in range(inner):
+                for n in range(A.shape[1]):
+                    h[b, i, n] = np.exp(dt[b, t, i] * A[i, n]) * h[b, i, n] + dt[b, t, i] * B[b, t, n] * u[b, t, i]
+                y[b, t, i] = h[b, i] @ C[b, t] + D[i] * u[b, t, i]
+            after[b, t] = h[b]
+    return y, h, before, after
+
+
+def adjoint(inputs, segments, cotangents):
+    """Gradients of sum(dy y) + sum(dstate final) for every input, by the chain rule backwards in time."""
+    _, _, before, after = recurrence(inputs, segments)
+    u, dt, A, B, C, D, _ = (np.asarray(x, np.float64) for x in inputs)
+    dy, g = (np.array(x, np.float64) for x in cotangents)
+    du, ddt, dA, dB, dC, dD = (np.zeros(x.shape) for x in (u, dt, A, B, C, D))
+    for b in range(u.shape[0]):
+        for t in reversed(range(u.shape[1])):
+            g[b] += np.outer(dy[b, t], C[b, t])
+            decay = np.exp(dt[b, t][:, None] * A)
+            du[b, t] = D * dy[b, t] + dt[b, t] * (g[b] @ B[b, t])
+            ddt[b, t] = (g[b] * before[b, t] * decay * A).sum(axis=1) + u[b, t] * (g[b] @ B[b, t])
+            dA += g[b] * before[b, t] * decay * dt[b, t][:, None]
+            dB[b, t] = (dt[b, t] * u[b, t]) @ g[b]
+            dC[b, t] = dy[b, t] @ after[b, t]
+            dD += dy[b, t] * u[b, t]
+            g[b] *= decay
+            if t > 0 and segments[b, t] != segments[b, t - 1]:
+                g[b] = 0
+    return du, ddt, dA, dB, dC, dD, g
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "chunk_size"))
+def run(inputs, segments, cotangents, *, implementation, chunk_size=CHUNK):
+    """((y, final state), gradients of every input)."""
+
+    def outputs(*inputs):
+        *inputs, state = inputs
+        return scan.selective_scan(
+            *inputs,
+            segment_ids_BL=segments,
+            initial_state_BIN=state,
+            implementation=implementation,
+            chunk_size=chunk_size,
+        )
+
+    values, pull_back = jax.vjp(outputs, *inputs)
+    return values, pull_back(cotangents)
+
+
+def assert_close(actual, expected, name="", tolerance=2e-5):
+    expected = np.asarray(expected, np.float64)
+    atol = tolerance * max(1.0, np.abs(expected).max())
+    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=0, atol=atol, err_msg=name)
+
+
+def test_the_adjoint_derived_by_hand_is_the_derivative_of_the_recurrence(slope):
+    inputs, segments, (dy, dstate) = draw(), draw_segments(), draw_cotangents()
+    gradients = adjoint(inputs, segments, (dy, dstate))
+    rng = np.random.default_rng(3)
+    for position, name in enumerate(NAMES):
+
+        def loss(x, position=position):
+            y, final, *_ = recurrence([*inputs[:position], x, *inputs[position + 1 :]], segments)
+            return (dy * y).sum() + (dstate * final).sum()
+
+        direction = rng.normal(size=inputs[position].shape)
+        expected = slope(loss, inputs[position], direction)
+        assert (gradients[position] * direction).sum() == pytest.approx(expected, rel=1e-6), name
+
+
+@every_implementation
+@pytest.mark.parametrize(("chunk_size", "length"), SHAPES)
+def test_values_and_gradients_equal_the_float64_recurrence(implementation, chunk_size, length):
+    inputs, segments, cotangents = draw(length), draw_segments(length), draw_cotangents(length)
+    (y, state), gradients = run(inputs, segments, cotangents, implementation=implementation, chunk_size=chunk_size)
+    expected_y, expected_state, *_ = recurrence(inputs, segments)
+    assert_close(y, expected_y, "y")
+    assert_close(state, expected_state, "final state")
+    for name, actual, expected in zip(NAMES, gradients, adjoint(inputs, segments, cotangents), strict=True):
+        assert_close(actual, expected, f"gradient of {name}")
+
+
+@every_implementation
+def test_a_packed_row_equals_its_documents_one_by_one(implementation):
+    """Values, gradients and final state; the first document goes on from the initial state, the others from zero."""
+    lengths, (*inputs, state), (dy, dstate) = (3, 1, 2, 2), draw(), draw_cotangents()
+    segments = np.broadcast_to(np.repeat([7, 1, 2, 0], lengths), (BATCH, LENGTH))  # any ids: only a change counts
+    (y, final), packed = run((*inputs, state), segments, (dy, dstate), implementation=implementation)
+    over_documents = {"A": 0.0, "D": 0.0}
+    ends = np.cumsum(lengths)
+    for start, end in zip(ends - lengths, ends, strict=True):
+        first, last = start == 0, end == LENGTH
+        cut = lambda x, start=start, end=end: x[:, start:end] if x.ndim == 3 else x  # noqa: E731
+        document = (*map(cut, inputs), state if first else 0 * state)
+        ids = np.zeros((BATCH, end - start))
+        alone_y, alone_final, *_ = recurrence(document, ids)
+        alone = adjoint(document, ids, (cut(dy), dstate if last else 0 * dstate))
+        assert_close(cut(y), alone_y, f"y from {start}")
+        for position in (0, 1, 3, 4):
+            assert_close(cut(packed[position]), alone[position], f"gradient of {NAMES[position]} from {start}")
+        over_documents = {name: total + alone[NAMES.index(name)] for name, total in over_documents.items()}
+        if first:
+            assert_close(packed[6], alone[6], "gradient of the initial state")
+        if last:
+            assert_close(final, alone_final, "final state")
+    for name, total in over_documents.items():
+        assert_close(packed[NAMES.index(name)], total, f"gradient of {name}")
+
+
+@every_implementation
+@pytest.mark.parametrize("dt", [1e-4, 50.0])
+def test_extreme_step_sizes_stay_finite_and_right(implementation, dt):
+    """exp(50 * -16) underflows to 0, and so does its gradient; dt = 1e-4 barely moves the state."""
+    inputs, segments, cotangents = list(draw()), draw_segments(), draw_cotangents()
+    inputs[1] = np.full_like(inputs[1], dt)
+    inputs[2] = -np.broadcast_to(np.array([1.0, 2.0, 8.0, 16.0], np.float32), inputs[2].shape)
+    (y, state), gradients = run(tuple(inputs), segments, cotangents, implementation=implementation)
+    expected_y, expected_state, *_ = recurrence(inputs, segments)
+    pairs = [(y, expected_y), (state, expected_state)]
+    pairs += zip(gradients, adjoint(inputs, segments, cotangents), strict=True)
+    for actual, expected in pairs:
+        assert np.isfinite(actual).all()
+        assert_close(actual, expected)
+
+
+@every_implementation
+def test_bfloat16_inputs_cost_only_their_own_rounding(implementation):
+    """Computed in float32: y is the float32 result rounded once, within 2^-8 of it; the state is not rounded at all."""
+    *inputs, state = draw()
+    halves = [jnp.asarray(x, jnp.bfloat16) for x in inputs]
+    (dy, dstate), segments = draw_cotangents(), draw_segments()
+    cotangents = (jnp.asarray(dy, jnp.bfloat16), dstate)
+    (y, final), gradients = run((*halves, state), segments, cotangents, implementation=implementation)
+    assert (y.dtype, final.dtype) == (jnp.bfloat16, jnp.float32)
+    exact = [np.asarray(x, np.float64) for x in halves]
+    expected_y, expected_state, *_ = recurrence([*exact, state], segments)
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected_y, rtol=2**-8, atol=1e-5)
+    assert_close(final, expected_state)
+    expected = adjoint([*exact, state], segments, cotangents)
+    for name, actual, gradient in zip(NAMES, gradients, expected, strict=True):
+        assert actual.dtype == (jnp.float32 if name == "initial state" else jnp.bfloat16)
+        assert_close(actual, gradient, name, tolerance=2**-7)
+
+
+def test_by_default_a_row_is_one_document_from_a_zero_state_in_the_fastest_implementation():
+    *inputs, state = draw()
+    y, final = jax.jit(scan.selective_scan)(*inputs)
+    expected_y, expected_state, *_ = recurrence([*inputs, 0 * state], np.zeros((BATCH, LENGTH)))
+    assert_close(y, expected_y)
+    assert_close(final, expected_state)
+
+
+def test_an_unknown_implementation_is_an_error_that_names_the_known_ones():
+    *inputs, _ = draw(2)
+    with pytest.raises(ValueError, match=r"implementation=cuda is not known; choose one of .*reference"):
+        scan.selective_scan(*inputs, implementation="cuda")
+
+
+def test_steps_one_by_one_equal_the_sequence():
+    u, dt, A, B, C, D, state = draw()
+
+    @jax.jit
+    def steps(state):
+        def step(state, inputs):
+            y, state = scan.selective_step(inputs[0], inputs[1], A, inputs[2], inputs[3], D, state)
+            return state, y
+
+        state, y = jax.lax.scan(step, state, [x.swapaxes(0, 1) for x in (u, dt, B, C)])
+        return y.swapaxes(0, 1), state
+
+    y, final = steps(jnp.asarray(state))
+    expected_y, expected_state, *_ = recurrence((u, dt, A, B, C, D, state), np.zeros((BATCH, LENGTH)))
+    assert_close(y, expected_y)
+    assert_close(final, expected_state)
+
+
+@every_implementation
+def test_vmap_inside_a_scan_over_microbatches_adds_up_to_each_problem_alone(implementation):
+    """Two problems with weights of their own under vmap, each batch in two parts under lax.scan, all under jit."""
+    problems = [draw(seed=seed) for seed in (4, 5)]
+    segments, cotangents = draw_segments(), draw_cotangents()
+    gradients = functools.partial(run, implementation=implementation)
+
+    def accumulate(u, dt, A, B, C, D, state):
+        def add_part(totals, part):
+            (u, dt, B, C, state), segments, cotangents = part
+            _, (_, _, dA, _, _, dD, _) = gradients((u, dt, A, B, C, D, state), segments, cotangents)
+            return (totals[0] + dA, totals[1] + dD), None
+
+        parts = jax.tree.map(lambda x: x[:, None], ((u, dt, B, C, state), segments, cotangents))
+        return jax.lax.scan(add_part, (jnp.zeros_like(A), jnp.zeros_like(D)), parts)[0]
+
+    together = jax.jit(jax.vmap(accumulate))(*(np.stack(values) for values in zip(*problems, strict=True)))
+    for index, problem in enumerate(problems):
+        alone = adjoint(problem, segments, cotangents)
+        assert_close(together[0][index], alone[2], "A")
+        assert_close(together[1][index], alone[5], "D")

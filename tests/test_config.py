@@ -1,0 +1,98 @@
+"""Laws of the config: it survives JSON, says what differs, and refuses what cannot be before anything is built."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from moejax import config as config_lib
+
+
+def test_the_defaults_are_valid():
+    config_lib.validate(config_lib.Config())
+
+
+def test_a_config_survives_json():
+    c = config_lib.Config()
+    c.model.prefix, c.model.moe.top_k, c.data.paths, c.mesh.data = ("attention", "mlp"), 2, ("a b", "ü"), 4
+    again = config_lib.from_dict(json.loads(json.dumps(config_lib.to_dict(c))))
+    assert again == c
+    assert hash(again) == hash(c)
+
+
+def test_a_missing_field_keeps_its_default_and_an_unknown_one_is_refused():
+    values = config_lib.to_dict(config_lib.Config())
+    del values["model"]["moe"]["top_k"]
+    assert config_lib.from_dict(values) == config_lib.Config()
+    values["model"]["moe"]["experts"] = 3
+    with pytest.raises(config_lib.ConfigError, match=r"^model\.moe\.experts is not a field"):
+        config_lib.from_dict(values)
+
+
+def test_differences_name_the_field_and_both_values_in_order_of_declaration():
+    old, new = config_lib.Config(), config_lib.Config()
+    new.mesh.data, new.model.moe.num_experts = 2, 32
+    assert config_lib.differences(old, new) == [("model.moe.num_experts", 8, 32), ("mesh.data", -1, 2)]
+    assert config_lib.differences(old, old) == []
+
+
+def set_field(config, path, value):
+    *groups, name = path.split(".")
+    for group in groups:
+        config = getattr(config, group)
+    setattr(config, name, value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("model.d_model", 0), ("model.num_periods", -1), ("model.norm", "batchnorm"), ("model.norm_eps", 0.0),
+        ("model.remat", "all"), ("model.compute_dtype", "float16"), ("model.init_scale", -1.0),
+        ("model.mamba.d_state", 0), ("model.mamba.expand", 0.0), ("model.mamba.dt_min", 0.0),
+        ("model.mamba.dt_max", 0.0001), ("model.mamba.scan", "fast"), ("model.mamba.chunk_size", 0),
+        ("model.moe.num_experts", 0), ("model.moe.top_k", 0), ("model.moe.top_k", 9), ("model.moe.d_expert", 0),
+        ("model.moe.activation", "tanh"), ("model.moe.capacity_factor", -1.0),
+        ("model.moe.capacity_factor", float("nan")), ("model.moe.group_size", -1),
+        ("model.moe.balance_weight", float("inf")), ("model.vocab_size", 4095), ("data.tokenizer", "words"),
+        ("data.vocab_size", 256), ("data.seq_length", 1), ("data.batch_size", 0), ("data.validation_fraction", 0.0),
+        ("data.validation_fraction", 1.0), ("data.num_workers", -1), ("data.source", "text"), ("data.seed", -1),
+        ("optimizer.beta1", 1.0), ("optimizer.beta2", -0.1), ("optimizer.eps", 0.0),
+        ("optimizer.final_fraction", 1.5), ("optimizer.decay", "some"), ("optimizer.clip_norm", -1.0),
+        ("training.num_steps", 0), ("training.num_microbatches", 3), ("training.ema_alpha", 0.0),
+        ("training.eval_every", 0), ("checkpoint.every", 0), ("checkpoint.keep_last", 0), ("mesh.fsdp", 0),
+        ("mesh.fsdp", -1), ("model.d_model", 256.0), ("model.period", "mamba"), ("model.period", ("mamba", 3)),
+        ("model.tie_embeddings", 1), ("optimizer.learning_rate", "fast"), ("model", None),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_in_one_line_that_names_the_field(path, value):
+    config = config_lib.Config()
+    set_field(config, path, value)
+    with pytest.raises(config_lib.ConfigError) as error:
+        config_lib.validate(config)
+    message = str(error.value)
+    assert path.rpartition(".")[2] in message or path in message
+    assert "\n" not in message
+    assert ";" in message  # a remedy follows the rule
+
+
+def test_settings_of_a_branch_that_the_model_does_not_have_do_not_matter():
+    config = config_lib.Config()
+    config.model.attention.num_heads = 7  # does not divide 256
+    config_lib.validate(config)
+    config.model.suffix = ("attention",)
+    with pytest.raises(config_lib.ConfigError, match="num_heads=7"):
+        config_lib.validate(config)
+
+
+def test_a_whole_number_in_a_float_field_is_the_same_setting():
+    config = config_lib.Config()
+    config.optimizer.clip_norm = 1
+    config_lib.validate(config)
+    assert config == config_lib.Config()
+    assert isinstance(config.optimizer.clip_norm, float)
+
+
+def test_the_config_imports_no_jax():
+    program = "import sys, moejax.config; sys.exit('jax' in sys.modules or 'flax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

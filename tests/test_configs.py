@@ -1,0 +1,62 @@
+"""Every config in configs/ is valid, says what it is, and describes a model that can be built and run."""
+
+import importlib.util
+import inspect
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from moejax import config as config_lib
+from moejax.models import lm
+
+FOLDER = pathlib.Path(__file__).resolve().parent.parent / "configs"
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def find_configs():
+    """(file:function, function) of every public function that needs no argument and returns a Config."""
+    for path in sorted(FOLDER.rglob("*.py")):
+        for name, function in inspect.getmembers(load(path), inspect.isfunction):
+            parameters = inspect.signature(function).parameters.values()
+            needs_none = all(parameter.default is not parameter.empty for parameter in parameters)
+            if not name.startswith("_") and needs_none and function.__module__ == path.stem:
+                value = function()
+                if isinstance(value, config_lib.Config):
+                    yield pytest.param(function, id=f"{path.relative_to(FOLDER)}:{name}")
+
+
+@pytest.mark.parametrize("function", list(find_configs()))
+def test_a_config_is_valid_and_its_model_runs_on_its_rows(function):
+    """By shapes alone: nothing is allocated or compiled. Training needs a gradient of the same shapes."""
+    c = function()
+    assert function.__doc__
+    config_lib.validate(c)
+    assert config_lib.from_dict(config_lib.to_dict(c)) == c
+    tokens = jax.ShapeDtypeStruct((c.data.batch_size // c.training.num_microbatches, c.data.seq_length), jnp.int32)
+
+    def train(tokens):
+        model = lm.Lm(c.model, rngs=nnx.Rngs(params=0))
+        loss = lambda model: model(tokens, segment_ids_BL=tokens, positions_BL=tokens, train=True)[0].sum()  # noqa: E731
+        return model(tokens)[0], model, jax.grad(loss)(model)
+
+    logits, model, gradient = jax.eval_shape(train, tokens)
+    assert logits.shape == (*tokens.shape, c.model.vocab_size)
+    assert jax.tree.structure(gradient) == jax.tree.structure(model)
+
+
+def test_every_file_has_a_config_and_a_lab_book():
+    found = {str(parameter.id).partition(":")[0] for parameter in find_configs()}
+    for path in FOLDER.rglob("*.py"):
+        assert str(path.relative_to(FOLDER)) in found
+        assert load(path).__doc__

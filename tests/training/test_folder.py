@@ -1,0 +1,19 @@
+"""Laws of a run's folder: which settings a run may change when it goes on."""
+
+import pytest
+
+from moejax import config as config_lib
+from moejax.training import folder
+
+
+@pytest.mark.parametrize(
+    ("path", "blocks"),
+    [
+        ("model.d_model", True), ("model.moe.capacity_factor", True), ("data.source", True), ("data.seed", True),
+        ("data.batch_size", True), ("training.seed", True), ("training.num_steps", False), ("mesh.data", False),
+        ("optimizer.learning_rate", False), ("checkpoint.every", False), ("data.num_workers", False),
+    ],
+)  # fmt: skip
+def test_a_run_goes_on_only_while_its_model_and_rows_stay_the_same(path, blocks):
+    assert path in config_lib.flatten(config_lib.Config())
+    assert folder.blocks_resume(path) is blocks
