@@ -86,11 +86,13 @@ class Moe(nnx.Module):
         """Slots an expert has in a group: ceil(factor * tokens * K / E), at most one a token (Switch eq. 3)."""
         if factor == 0:
             return group_size
-        return min(group_size, math.ceil(factor * group_size * self.top_k / self.router.shape[-1]))
+        slots = factor * group_size * self.top_k / self.router.shape[-1]
+        return min(group_size, math.ceil(slots - 1e-9))  # 1.1 * 100 / 11 is 10 slots, though not in binary
 
     def _route(self, x_GTD: Array, valid_GT: Array, capacity: int) -> tuple[Array, MoeAux]:
         num_experts = self.router.shape[-1]
-        logits_GTE = x_GTD.astype(jnp.float32) @ self.router[...]  # float32: selective precision, Switch section 2.4
+        # float32 throughout (selective precision, Switch section 2.4): by default TPUs and GPUs would round the inputs
+        logits_GTE = jnp.matmul(x_GTD.astype(jnp.float32), self.router[...], precision=jax.lax.Precision.HIGHEST)
         assignment = jax.vmap(lambda logits_TE, valid_T: routing.top_k(logits_TE, k=self.top_k, valid_T=valid_T))(
             logits_GTE, valid_GT
         )

@@ -29,7 +29,7 @@ def causal_conv(x_BLI: Array, kernel_WI: Array, bias_I: Array, *, segment_ids_BL
             same_BL = jnp.pad(segment_ids_BL[:, lag:] == segment_ids_BL[:, :-lag], ((0, 0), (lag, 0)))
             shifted_BLI = jnp.where(same_BL[..., None], shifted_BLI, 0)
         y_BLI += shifted_BLI * kernel_WI[-1 - lag]
-    return y_BLI
+    return y_BLI.astype(x_BLI.dtype)
 
 
 def causal_conv_step(x_BI: Array, window_BWI: Array, kernel_WI: Array, bias_I: Array) -> tuple[Array, Array]:
