@@ -33,7 +33,7 @@ class MetricsWriter:
         kept = [row for row in files.read_rows(path) if row["step"] <= step] if path.exists() else []
         self.last = kept[-1] if kept else None
         files.write(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a")
+        self._file = path.open("a", buffering=1)  # a row is in the file as soon as its step is done
         self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
 
     def write(self, row: dict[str, Any]) -> None:
