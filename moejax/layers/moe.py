@@ -87,7 +87,7 @@ class Moe(nnx.Module):
         if factor == 0:
             return group_size
         slots = factor * group_size * self.top_k / self.router.shape[-1]
-        return min(group_size, math.ceil(slots - 1e-9))  # 1.1 * 100 / 11 is 10 slots, though not in binary
+        return max(1, min(group_size, math.ceil(slots - 1e-9)))  # 1.1 * 100 / 11 is 10 slots, though not in binary
 
     def _route(self, x_GTD: Array, valid_GT: Array, capacity: int) -> tuple[Array, MoeAux]:
         num_experts = self.router.shape[-1]

@@ -49,9 +49,9 @@ def generate(
     """
     batch, length = prompt_BL.shape
 
-    def read(cache, token_B):
-        logits_BV, cache = model.step(token_B, cache)
-        return cache, logits_BV
+    def read(carry, token_B):
+        logits_BV, cache = model.step(token_B, carry[0])
+        return (cache, logits_BV), None
 
     def write(carry, key):
         cache, logits_BV = carry
@@ -59,7 +59,7 @@ def generate(
         logits_BV, cache = model.step(token_B, cache)
         return (cache, logits_BV), token_B
 
-    cache = model.init_cache(batch, length + num_tokens)
-    cache, logits_LBV = jax.lax.scan(read, cache, prompt_BL.T)
-    _, tokens_NB = jax.lax.scan(write, (cache, logits_LBV[-1]), jax.random.split(key, num_tokens))
+    carry = model.step(prompt_BL[:, 0], model.init_cache(batch, length + num_tokens))[::-1]
+    carry, _ = jax.lax.scan(read, carry, prompt_BL[:, 1:].T)
+    _, tokens_NB = jax.lax.scan(write, carry, jax.random.split(key, num_tokens))
     return tokens_NB.T

@@ -70,6 +70,8 @@ class Checkpoints:
             try:
                 with _quiet():
                     state = self._read(abstract, step)
+            except (MemoryError, PermissionError):
+                raise  # says nothing about the files
             except Exception as error:  # storage raises many kinds; all mean that this checkpoint cannot be had
                 on_corrupt(step, " ".join(str(error).split()).partition(" See ")[0][:120] or type(error).__name__)
                 damaged.append(step)

@@ -16,19 +16,25 @@ _FREE_ON_RESUME = ("training.", "checkpoint.", "mesh.", "optimizer.", "data.num_
 _NEVER_FREE = ("training.seed",)
 
 
-def check(config: config_lib.Config, workdir: pathlib.Path) -> None:
-    """Refuses a folder whose checkpoints are of another model or other rows; reads only."""
+def check(config: config_lib.Config, workdir: pathlib.Path) -> list[str]:
+    """Refuses a folder whose checkpoints are of another model or other rows; reads only.
+
+    Returns:
+      What else has changed since, as phrases.
+    """
     if workdir.exists() and not workdir.is_dir():
         raise config_lib.ConfigError(f"--workdir={workdir} is a file; name a folder")
+    changed: list[str] = []
     if not has_checkpoints(workdir):
-        return
+        return changed
     for path, old, new in config_lib.differences(load_config(workdir), config):
         if blocks_resume(path):
             raise config_lib.ConfigError(
                 f"{path}={new} but the checkpoints in {workdir} were made with {path}={old}; "
                 "set it back, or choose another --workdir"
             )
-        metrics.say(f"resuming with {path}={new} (was {old})")
+        changed.append(f"{path}={new} (was {old})")
+    return changed
 
 
 def blocks_resume(path: str) -> bool:
@@ -37,7 +43,8 @@ def blocks_resume(path: str) -> bool:
 
 
 def check_corpus(prepared: pipeline.Prepared, workdir: pathlib.Path) -> None:
-    """Refuses to go on with other documents than the run began with: its order of rows would be another."""
+    """Refuses other documents than the run began with: rows would come in another order, and documents that it has
+    trained on might be held out."""
     path = workdir / DATA_FILE
     if not has_checkpoints(workdir) or not path.exists():
         return
@@ -46,7 +53,7 @@ def check_corpus(prepared: pipeline.Prepared, workdir: pathlib.Path) -> None:
         raise config_lib.ConfigError(
             f"the corpus has changed since the run in {workdir} began ({old['train_documents']} documents of "
             f"{old['train_tokens']} tokens then, {new['train_documents']} with {new['train_tokens']} now); "
-            "bring the documents back, or choose another --workdir"
+            "bring the documents back, or train anew in another --workdir"
         )
 
 

@@ -34,7 +34,7 @@ class MetricsWriter:
         self.last = kept[-1] if kept else None
         files.write(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", buffering=1)  # a row is in the file as soon as its step is done
-        self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
+        self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         """row: plain numbers, lists or arrays. A number that is not finite becomes null: JSON has no other way."""

@@ -52,29 +52,29 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
       ConfigError: a setting that cannot be, or a workdir of another model; nothing on disk has changed.
       TrainingError: the loss or the gradient is no longer finite.
     """
-    folder.check(config, workdir)
+    changed = folder.check(config, workdir)
     mesh = partition.make_mesh(config.mesh)
     partition.check_batch(config, mesh)
+    abstract = state_lib.abstract(config, mesh)
     prepared = pipeline.prepare(config.data, folder.load_tokenizer(workdir))
     folder.check_vocabulary(config, prepared.tokenizer)
     folder.check_corpus(prepared, workdir)
-
-    workdir.mkdir(parents=True, exist_ok=True)
-    files.write(workdir / "config.json", json.dumps(config_lib.to_dict(config), indent=2) + "\n")
-    files.write(workdir / folder.DATA_FILE, json.dumps(prepared.describe(), indent=2) + "\n")
-    prepared.tokenizer.save(workdir / folder.TOKENIZER_FILE)
-    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint)
     metrics.say(describe(config, mesh, prepared))
 
-    # Resume wins over initialisation.
-    restored = checkpoints.restore(state_lib.abstract(config, mesh), on_corrupt=folder.report_corrupt(workdir))
+    # Resume wins over initialisation. The folder is written to only once there is something to go on from.
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint)
+    restored = checkpoints.restore(abstract, on_corrupt=folder.report_corrupt(workdir))
     if restored is None:
         state, start = state_lib.create(config, mesh), 0
     else:
         state, start = restored
-        metrics.say(f"resuming from step {start} in {workdir}")
+        metrics.say(f"resuming from step {start} in {workdir}{''.join(f', {change}' for change in changed)}")
         if start >= config.training.num_steps:
             metrics.say(f"all {config.training.num_steps} steps are done; raise training.num_steps to train on")
+    files.write(workdir / "config.json", json.dumps(config_lib.to_dict(config), indent=2) + "\n")
+    files.write(workdir / folder.DATA_FILE, json.dumps(prepared.describe(), indent=2) + "\n")
+    prepared.tokenizer.save(workdir / folder.TOKENIZER_FILE)
 
     try:
         with Stop() as stop:
@@ -109,17 +109,17 @@ def run_steps(
             log.finish_pending(checkpoints)
             log.pending = (step, step_metrics)
 
-            last = step == num_steps or stop.signal is not None
             if step % config.training.eval_every == 0 or step == num_steps:
                 held_out = pipeline.validation_batches(prepared, config.data, config.training.eval_batches)
                 log.validation_loss = evaluate.evaluate(state.model, eval_step, held_out, mesh)["loss"]
-            if step % config.checkpoint.every == 0 or last:
+            stopped_by = stop.signal  # read once: a signal may come between any two lines
+            if step % config.checkpoint.every == 0 or step == num_steps or stopped_by:
                 log.finish_pending(checkpoints)  # a checkpoint is never ahead of metrics.jsonl, nor past a NaN
                 writer.flush()
                 checkpoints.save(state, step)
-            if stop.signal is not None:
+            if stopped_by and step < num_steps:
                 checkpoints.wait()
-                console.say(f"stopped by {stop.signal} after step {step}, saved; run the same command to go on")
+                console.say(f"stopped by {stopped_by} after step {step}, saved; run the same command to go on")
                 return
     finally:
         console.close()

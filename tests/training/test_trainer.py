@@ -17,7 +17,7 @@ import tiny
 from moejax import config as config_lib
 from moejax import partition
 from moejax.data import pipeline
-from moejax.training import checkpoint, state, trainer
+from moejax.training import checkpoint, evaluate, state, trainer
 
 TIMINGS = ("seconds", "tokens_per_second")
 CONFIG_FILE = pathlib.Path(tiny.__file__)
@@ -169,13 +169,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step_and_the_last
     monkeypatch.setattr(state, "make_train_step", poisoned)
     workdir = tmp_path / "run"
     with pytest.raises(trainer.TrainingError, match=r"^step 5 is not finite .*the last good checkpoint is step 3;"):
-        trainer.train(on_one_device(config), workdir)
+        trainer.train(on_eight_devices(config), workdir)
     assert sorted(int(entry.name) for entry in (workdir / "checkpoints").iterdir()) == [3]
     assert rows(workdir)[-1]["step"] == 5
     assert rows(workdir)[-1]["loss"] is None
 
 
-def on_one_device(config: config_lib.Config) -> config_lib.Config:
-    """This process has eight devices: give the rest of them no rows to hold."""
+def test_a_signal_during_an_evaluation_still_saves_the_step(corpus, tmp_path, monkeypatch, capsys):
+    config = tiny.get_config(str(corpus))
+    config.checkpoint.every = 1000
+    real = evaluate.evaluate
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(evaluate, "evaluate", interrupted)
+    workdir = tmp_path / "run"
+    trainer.train(on_eight_devices(config), workdir)
+    assert "stopped by SIGTERM after step 4, saved" in capsys.readouterr().err
+    assert [int(entry.name) for entry in (workdir / "checkpoints").iterdir()] == [4]
+    assert [row["step"] for row in rows(workdir)] == [1, 2, 3, 4]
+
+
+def on_eight_devices(config: config_lib.Config) -> config_lib.Config:
+    """This process has eight devices: a row on each."""
     config.mesh = config_lib.MeshConfig(data=8)
     return config
