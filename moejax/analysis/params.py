@@ -8,7 +8,7 @@ from flax import nnx
 
 from moejax import config as config_lib
 from moejax.layers import attention, mamba, mlp, moe
-from moejax.training import state
+from moejax.models import lm
 
 COMPONENTS = ("embedding", "head", "norm", "mamba", "attention", "mlp", "router", "experts")
 
@@ -21,7 +21,7 @@ def count(config: config_lib.ModelConfig) -> dict[str, Any]:
       layer, the router whole, everything else. non_embedding_total, non_embedding_active: the same without embedding
       and head, as MoE-Mamba's tables count. components: {component: {"total": ..., "active": ...}}.
     """
-    model = state.abstract_model(config)
+    model = lm.abstract(config)
     components = {name: {"total": 0, "active": 0} for name in COMPONENTS}
     variables = jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda node: isinstance(node, nnx.Variable))
     for path, variable in variables:

@@ -92,7 +92,7 @@ def read(folder: pathlib.Path) -> Run:
     for name in ("metrics.jsonl", "config.json"):
         if not (folder / name).is_file():
             raise config.ConfigError(f"{folder} has no {name}; name a run's folder, the --workdir of moejax train")
-    # A run that was killed repeats the steps since its last checkpoint: the later row of a step is the one that counts.
+    # A step that stands twice counts once, as it was written last.
     rows = {row["step"]: row for row in files.read_rows(folder / "metrics.jsonl")}
     if not rows:
         raise config.ConfigError(f"{folder}/metrics.jsonl has no complete row yet; wait for the first step")

@@ -18,7 +18,6 @@ from flax import nnx
 
 from moejax import config as config_lib
 from moejax.models import lm
-from moejax.training import state
 
 # Hugging Face's name, {} a layer; its dims; our parameter; our dims. torch.nn.Linear keeps (out, in), we (in, out); "1"
 # is a dim of size one. A layer of theirs is a period of ours, and our periods lie in one array: P.
@@ -102,7 +101,7 @@ def from_hf(state_dict: Mapping[str, np.ndarray], config: config_lib.ModelConfig
       ConfigError: the config has a parameter that a MambaForCausalLM has not, or lacks one.
       ValueError: a tensor is missing, unknown, or of the wrong shape or dtype.
     """
-    model = state.abstract_model(config)
+    model = lm.abstract(config)
     parameters = _parameters(model)
     values, known = {}, set()
     for name, theirs, path, ours in _TABLE:

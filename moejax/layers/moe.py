@@ -16,7 +16,7 @@ from moejax.ops import balance, dispatch, experts, routing
 
 
 class MoeAux(NamedTuple):
-    """What a MoE layer returns beside its output; sums over the batch, so that parts of a batch add up.
+    """What a MoE layer returns beside its output; but for the balance loss, sums over the batch: its parts add up.
 
     balance_loss: float32, load-balance loss without its weight, averaged over groups.
     count_E: int32, token choices each expert received, before capacity.

@@ -126,6 +126,11 @@ class Lm(nnx.Module):
         return jnp.matmul(x_D, head_DV.astype(self.dtype), preferred_element_type=jnp.float32)
 
 
+def abstract(config: config_lib.ModelConfig) -> Lm:
+    """The model with shapes in place of arrays; nothing is allocated."""
+    return jax.eval_shape(lambda: Lm(config, rngs=nnx.Rngs(params=0)))
+
+
 def _run(blocks: nnx.List, x_BLD: Array, **context: Any) -> tuple[Array, tuple[moe.MoeAux, ...]]:
     collected: list[moe.MoeAux] = []
     for layer in blocks:

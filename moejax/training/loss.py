@@ -20,7 +20,7 @@ def cross_entropy(logits_BLV: Array, targets_BL: Array) -> Array:
 
 
 def sums(model: lm.Lm, batch: dict[str, Array], *, train: bool) -> dict[str, Any]:
-    """Runs the model on a batch; every entry is a sum over the batch, so that parts of a batch add up.
+    """Runs the model on a batch; sums over the batch, so that its parts add up, but for the balance loss: a mean.
 
     Returns:
       nats: summed cross-entropy over the positions that count (loss_mask_BL).

@@ -54,11 +54,6 @@ def shardings(config: config_lib.Config, mesh: Mesh) -> TrainState:
     return partition.tree_shardings(jax.eval_shape(functools.partial(_init, config)), mesh)
 
 
-def abstract_model(config: config_lib.ModelConfig) -> lm.Lm:
-    """The model with shapes in place of arrays."""
-    return jax.eval_shape(lambda: lm.Lm(config, rngs=nnx.Rngs(params=0)))
-
-
 def _init(config: config_lib.Config) -> TrainState:
     model = lm.Lm(config.model, rngs=nnx.Rngs(params=config.training.seed))
     opt_state = optimizer.build(config).init(model)  # pyright: ignore[reportArgumentType]

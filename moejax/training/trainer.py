@@ -14,6 +14,7 @@ import numpy as np
 from moejax import config as config_lib
 from moejax import files, partition
 from moejax.data import pipeline
+from moejax.models import lm
 from moejax.training import checkpoint, evaluate, folder, metrics
 from moejax.training import state as state_lib
 
@@ -193,7 +194,7 @@ class RowLog:
 
 def describe(config: config_lib.Config, mesh: jax.sharding.Mesh, prepared: pipeline.Prepared) -> str:
     """One line: what is trained on what."""
-    num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state_lib.abstract_model(config.model)))
+    num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(lm.abstract(config.model)))
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     return (
         f"{num_params:,} parameters on {axes} ({jax.devices()[0].platform}); {config.data.source}: "
