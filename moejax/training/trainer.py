@@ -105,7 +105,8 @@ def run_steps(
     place = partition.batch_sharding(mesh)
     try:
         for step in range(start + 1, num_steps + 1):
-            batch = jax.device_put(next(batches), place)
+            # a copy: a worker's arrays lie in memory that it takes back, and jax on CPU would keep them without copying
+            batch = jax.device_put(jax.tree.map(np.array, next(batches)), place)
             state, step_metrics = train_step(state, batch)
             log.finish_pending(checkpoints)
             log.pending = (step, step_metrics)
