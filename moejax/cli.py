@@ -15,6 +15,7 @@ import typing
 from typing import Any
 
 from moejax import config as config_lib
+from moejax import rules
 
 # Heavy imports (jax, flax, orbax) wait until a subcommand runs, so --help and a mistyped flag answer at once.
 
@@ -136,6 +137,53 @@ def report(arguments: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
+def data_prepare(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Tokenises the corpus of a config once, into shards that training reads."""
+    if "://" in arguments.output:
+        raise config_lib.ConfigError(f"--output={arguments.output} is remote; name a local folder, and copy it there")
+    if arguments.num_shards < 0:
+        raise config_lib.ConfigError(f"--num_shards={arguments.num_shards} must be 0 or more; change it")
+    place, _, count = arguments.shard.partition("/")
+    if not (place.isdecimal() and count.isdecimal() and int(place) < int(count)):
+        raise config_lib.ConfigError(f"--shard={arguments.shard} must be i/n with i from 0 to n - 1, e.g. 0/4")
+    config = read_config(arguments.config, overrides)
+    from moejax.data import preparation
+
+    outcome = preparation.prepare(
+        config.data,
+        pathlib.Path(arguments.output).expanduser(),
+        form=arguments.form,
+        num_shards=arguments.num_shards,
+        part=(int(place), int(count)),
+    )
+    if arguments.json:
+        print(json.dumps({"made": outcome.made, "missing": outcome.missing, "manifest": outcome.manifest}))
+    elif outcome.missing:
+        print(f"{arguments.output}: waits for {len(outcome.missing)} shards of other calls (--shard)")
+    else:
+        print(f"{arguments.output} is ready: --config.data.source=prepared:{arguments.output}")
+    return 0
+
+
+def data_inspect(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Shows the rows of a config as text, and figures of its documents."""
+    if arguments.rows < 0:
+        raise config_lib.ConfigError(f"--rows={arguments.rows} must be 0 or more; change it")
+    config = read_config(arguments.config, overrides)
+    from moejax.data import inspection, pipeline
+
+    data = pipeline.load(config.data)
+    summary = inspection.summarise(data, config.data)
+    if arguments.json:
+        print(json.dumps(inspection.to_json(summary)))
+        return 0
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for number, row in enumerate(inspection.first_rows(data, config.data, arguments.rows)):
+        print(f"row {number}\n{inspection.show_row(row, data.tokenizer, colour=colour)}\n")
+    print(inspection.show_summary(summary))
+    return 0
+
+
 def keep_compiled_programs() -> None:
     """Lets jax keep compiled programs in the cache folder, so that resuming or evaluating a run starts at once.
 
@@ -186,7 +234,7 @@ def read_config(file: str, overrides: list[str]) -> config_lib.Config:
         raise config_lib.ConfigError(
             f"--config={file}: get_config() returned a {type(config).__name__}; return a moejax.config.Config"
         )
-    config_lib.validate(config)
+    rules.validate(config)
     return config
 
 
@@ -247,9 +295,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
-    def command(name: str, function: Any, example: str) -> argparse.ArgumentParser:
+    def command(name: str, function: Any, example: str, group: Any = commands) -> argparse.ArgumentParser:
         help_line = (function.__doc__ or "").strip()
-        sub = commands.add_parser(
+        sub = group.add_parser(
             name,
             help=help_line,
             description=help_line,
@@ -298,6 +346,29 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("report", report, "moejax report runs/a runs/b")
     sub.add_argument("folders", nargs="+", type=pathlib.Path, metavar="DIR", help="folders of runs")
     sub.add_argument("--output", type=pathlib.Path, help="page to write (default: report.html in the first folder)")
+
+    about = "Prepares a corpus, and shows it."
+    data = commands.add_parser("data", help=about, description=about, allow_abbrev=False)
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
+    source = "--config.data.source=files:c4-train.*.json.gz --config.data.tokenizer=gpt2"
+    sub = command(
+        "prepare", data_prepare, f"moejax data prepare --config=configs/c4.py --output=c4_gpt2 {source}", actions
+    )
+    takes_config(sub)
+    sub.add_argument("--output", required=True, metavar="DIR", help="local folder; a call on the same folder goes on")
+    sub.add_argument(
+        "--form",
+        choices=("documents", "rows"),
+        default="documents",
+        help="documents: a record a document, any packing and length in training (default); rows: packed here",
+    )
+    sub.add_argument("--num_shards", type=int, default=0, help="training shards (default: one for 256 MB of files)")
+    sub.add_argument("--shard", default="0/1", metavar="I/N", help="make every N-th shard from the I-th on")
+    writes_json(sub)
+    sub = command("inspect", data_inspect, f"moejax data inspect --config=configs/c4.py --rows=2 {source}", actions)
+    takes_config(sub)
+    sub.add_argument("--rows", type=int, default=4, help="rows to show (default 4)")
+    writes_json(sub)
     return parser
 
 

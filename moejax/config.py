@@ -1,19 +1,22 @@
-"""Every setting of a run, as nested dataclasses, and the rules that hold between them.
+"""Every setting of a run, as nested dataclasses, and its way to JSON and back.
 
 A config file under configs/ returns a `Config`; the command line overrides fields by their path
-(`--config.model.moe.num_experts=32`). `validate()` runs once after the overrides and raises `ConfigError` with one
-line: field, value, rule, remedy. This module imports no jax, so a launcher can read a config anywhere.
+(`--config.model.moe.num_experts=32`), and `rules.validate` runs once after the overrides. Neither module imports jax,
+so a launcher can read a config anywhere.
 """
 
 import dataclasses
 import json
-import math
 import typing
 from collections.abc import Iterator
 from typing import Any
 
 BRANCHES = ("mamba", "attention", "mlp", "moe")
 NUM_BYTES = 256  # the byte tokenizer has these and one end-of-text token
+GPT2_VOCAB_SIZE = 50_257
+CORPORA = ("wikipedia", "docstrings")  # sources that need no files
+SOURCES = (*CORPORA, "files", "tfds", "prepared")
+TOKENIZERS = ("bpe", "bytes", "gpt2", "sentencepiece", "hf")
 
 
 class ConfigError(ValueError):
@@ -106,15 +109,26 @@ class ModelConfig:
 
 @_config
 class DataConfig:
-    """Documents, tokens and rows. Batch n is a pure function of (seed, n)."""
+    """Documents, tokens and rows. Batch n is a pure function of (seed, n), whatever the number of hosts or workers."""
 
-    source: str = "wikipedia"  # wikipedia, docstrings, text
-    paths: tuple[str, ...] = ()  # source=text: files and folders
-    tokenizer: str = "bpe"  # bpe (trained on the training documents), bytes
+    source: str = (
+        "wikipedia"  # wikipedia, docstrings, files:PATTERN[,PATTERN], tfds:NAME/CONFIG:VERSION, prepared:FOLDER
+    )
+    validation_source: str = ""  # held-out documents; "" = the source's own split, else a part of source
+    validation_fraction: float = 0.05  # that part: a share of the documents, chosen by a hash of the text
+    validation_documents: int = 4096  # held-out documents used at most, the first ones; 0 = all
+    text_field: str = "text"  # the field of a record that holds the text
+    tfds_dir: str = ""  # where tfds: looks; "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    tokenizer: str = "bpe"  # bpe (trained on the training documents), bytes, gpt2[:FOLDER], sentencepiece:FILE, hf:FILE
+    end_of_text: str = ""  # tokenizer=hf: the token between documents; "" = the one of the usual names that it has
     vocab_size: int = 4096  # tokenizer=bpe: entries, end-of-text included
-    seq_length: int = 256  # L, tokens a row
+    packing: str = "best_fit"  # best_fit (whole documents), concatenate, sample (MoE-Mamba), pad (a document a row)
+    isolate_documents: bool = True  # documents of a row do not see one another (convolution, state, attention)
+    objective: str = "next_token"  # next_token, span_corruption (T5; for encoder-decoder models)
+    noise_density: float = 0.15  # objective=span_corruption: share of the tokens that is replaced
+    mean_span_length: float = 3.0  # objective=span_corruption: tokens a replaced span
+    seq_length: int = 256  # L, tokens a row; objective=span_corruption: of the encoder
     batch_size: int = 16  # rows a step, over all devices
-    validation_fraction: float = 0.05  # of the documents; chosen by a hash of the text
     seed: int = 42
     num_workers: int = 0  # Grain worker processes; 0 = threads in this process
 
@@ -178,199 +192,23 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ConfigError(message)
-
-
-def _one_of(path: str, value: str, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, f"{path}={value} is not known; choose one of {', '.join(allowed)}")
-
-
-def _at_least(config: Config, minimum: float, *paths: str) -> None:
-    for path in paths:
-        value = get(config, path)
-        _require(
-            math.isfinite(value) and value >= minimum,
-            f"{path}={value} must be {minimum} or more, and finite; change it",
-        )
-
-
-def _positive(config: Config, *paths: str) -> None:
-    for path in paths:
-        _require(0 < get(config, path) < math.inf, f"{path}={get(config, path)} must be positive; raise it")
-
-
-def get(config: Config, path: str) -> Any:
-    """The value of a field by its dotted path."""
-    value: Any = config
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
-
-
-def validate(config: Config) -> None:
-    """Checks every rule that a field or a pair of fields must keep; raises ConfigError at the first that is broken."""
-    _check_types(config)
-    _validate_model(config.model)
-    _validate_data(config)
-    _validate_training(config)
-
-
-def _validate_model(model: ModelConfig) -> None:
-    config = Config(model=model)
-    for part in ("prefix", "period", "suffix"):
-        for sublayer in getattr(model, part):
-            for branch in sublayer.split("|"):
-                _one_of(f"model.{part}", branch, BRANCHES)
-    _at_least(config, 1, "model.vocab_size", "model.d_model")
-    _at_least(config, 0, "model.num_periods")
-    _require(bool(model.sublayers), "model has no sublayers; set model.period and model.num_periods, or model.prefix")
-    _one_of("model.norm", model.norm, ("rmsnorm", "layernorm"))
-    _one_of("model.remat", model.remat, ("none", "period"))
-    _one_of("model.compute_dtype", model.compute_dtype, ("float32", "bfloat16"))
-    _positive(config, "model.norm_eps", "model.init_scale", "model.embedding_std")
-    if model.uses("mamba"):
-        mamba = model.mamba
-        _at_least(config, 1, "model.mamba.d_state", "model.mamba.d_conv", "model.mamba.chunk_size")
-        _at_least(config, 0, "model.mamba.dt_rank")
-        inner = int(mamba.expand * model.d_model)
-        _require(inner >= 1, f"model.mamba.expand={mamba.expand} leaves no inner channel; raise it")
-        _require(
-            1e-4 <= mamba.dt_min <= mamba.dt_max,  # 1e-4 is the floor of Mamba's reference code
-            f"model.mamba.dt_min={mamba.dt_min} must lie between 0.0001 and dt_max={mamba.dt_max}; change it",
-        )
-        _one_of("model.mamba.scan", mamba.scan, ("auto", "associative", "reference"))
-    if model.uses("attention"):
-        heads = model.attention.num_heads
-        _at_least(config, 1, "model.attention.num_heads")
-        fitting = [h for h in range(1, model.d_model + 1) if model.d_model % h == 0 and (model.d_model // h) % 2 == 0]
-        _require(
-            heads in fitting,
-            f"model.attention.num_heads={heads} must divide model.d_model={model.d_model} into heads of even width; "
-            f"set it to one of {', '.join(map(str, fitting)) or 'none: make model.d_model even'}",
-        )
-        _require(
-            model.attention.rope_base > 1,
-            f"model.attention.rope_base={model.attention.rope_base} must be over 1; raise it",
-        )
-    if model.uses("mlp"):
-        _at_least(config, 1, "model.mlp.d_ff")
-        _one_of("model.mlp.activation", model.mlp.activation, ("relu", "gelu", "swiglu"))
-    if model.uses("moe"):
-        _validate_moe(model.moe, config)
-
-
-def _validate_moe(moe: MoeConfig, config: Config) -> None:
-    _at_least(config, 1, "model.moe.num_experts", "model.moe.top_k", "model.moe.d_expert")
-    _require(
-        moe.top_k <= moe.num_experts,
-        f"model.moe.top_k={moe.top_k} is more than model.moe.num_experts={moe.num_experts}; "
-        f"set top_k to {moe.num_experts} or less",
-    )
-    _one_of("model.moe.activation", moe.activation, ("relu", "gelu", "swiglu"))
-    _at_least(config, 0, "model.moe.capacity_factor", "model.moe.eval_capacity_factor", "model.moe.group_size")
-    _at_least(config, 0, "model.moe.balance_weight")
-
-
-def _validate_data(config: Config) -> None:
-    data = config.data
-    _one_of("data.source", data.source, ("wikipedia", "docstrings", "text"))
-    _require(
-        data.source != "text" or bool(data.paths),
-        "data.source=text needs data.paths; set it, e.g. --config.data.paths=\"('my_texts/',)\"",
-    )
-    _one_of("data.tokenizer", data.tokenizer, ("bpe", "bytes"))
-    _at_least(config, 2, "data.seq_length")
-    _at_least(config, 1, "data.batch_size")
-    _at_least(config, 0, "data.num_workers")
-    for path, seed in (("data.seed", data.seed), ("training.seed", config.training.seed)):
-        _require(0 <= seed < 2**31, f"{path}={seed} must lie in [0, 2^31); change it")
-    _require(
-        0 < data.validation_fraction < 1,
-        f"data.validation_fraction={data.validation_fraction} must lie between 0 and 1; change it",
-    )
-    if data.tokenizer == "bpe":
-        minimum = NUM_BYTES + 1
-        _require(
-            data.vocab_size >= minimum,
-            f"data.vocab_size={data.vocab_size} must be {minimum} or more (256 bytes and end-of-text); raise it",
-        )
-    size = data.vocab_size if data.tokenizer == "bpe" else NUM_BYTES + 1
-    _require(
-        config.model.vocab_size >= size,
-        f"model.vocab_size={config.model.vocab_size} is below the {size} tokens of data.tokenizer={data.tokenizer}; "
-        f"set it to {size} or more",
-    )
-
-
-def _validate_training(config: Config) -> None:
-    training, optimizer = config.training, config.optimizer
-    _at_least(config, 1, "training.num_steps", "training.num_microbatches", "training.eval_every", "training.log_every")
-    _at_least(config, 0, "training.eval_batches", "checkpoint.keep_every", "optimizer.warmup_steps")
-    _at_least(config, 1, "checkpoint.every", "checkpoint.keep_last")
-    _require(0 < training.ema_alpha <= 1, f"training.ema_alpha={training.ema_alpha} must lie in (0, 1]; change it")
-    _require(
-        config.data.batch_size % training.num_microbatches == 0,
-        f"training.num_microbatches={training.num_microbatches} does not divide "
-        f"data.batch_size={config.data.batch_size}; change one of them",
-    )
-    _at_least(config, 0, "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.clip_norm")
-    for path in ("optimizer.beta1", "optimizer.beta2"):
-        _require(0 <= get(config, path) < 1, f"{path}={get(config, path)} must lie in [0, 1); change it")
-    _require(
-        0 <= optimizer.final_fraction <= 1,
-        f"optimizer.final_fraction={optimizer.final_fraction} must lie in [0, 1]; change it",
-    )
-    _positive(config, "optimizer.eps")
-    _one_of("optimizer.decay", optimizer.decay, ("matrices", "all"))
-    sizes = dataclasses.asdict(config.mesh)
-    for name, size in sizes.items():
-        _require(size >= 1 or size == -1, f"mesh.{name}={size} must be 1 or more, or -1 for the rest; change it")
-    rest = [name for name, size in sizes.items() if size == -1]
-    _require(
-        len(rest) <= 1, f"mesh has -1 for {' and '.join(rest)}; one axis can be the rest: set the others to numbers"
-    )
-
-
-def _check_types(node: Any, path: str = "") -> None:
-    for field, annotation in zip(dataclasses.fields(node), typing.get_type_hints(type(node)).values(), strict=True):
-        value, name = getattr(node, field.name), f"{path}{field.name}"
-        if dataclasses.is_dataclass(annotation):
-            _require(
-                isinstance(value, typing.cast(type, annotation)),
-                f"{name}={value!r} must be a {field.type}; set its fields",
-            )
-            _check_types(value, f"{name}.")
-        elif typing.get_origin(annotation) is tuple:
-            ok = isinstance(value, tuple) and all(isinstance(entry, str) for entry in value)
-            _require(ok, f"{name}={value!r} must be a tuple of strings; write it as \"('a', 'b')\"")
-        elif annotation is float:
-            ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-            _require(ok, f"{name}={value!r} must be a float; change it")
-            setattr(node, field.name, float(value))  # 1 and 1.0 are one setting
-        else:
-            ok = type(value) is annotation
-            _require(ok, f"{name}={value!r} must be of type {getattr(annotation, '__name__', annotation)}; change it")
-
-
 def to_dict(config: Config) -> dict[str, Any]:
     """The config as nested plain values, ready for JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """The inverse of `to_dict`. An unknown field is an error; a missing one keeps its default."""
+    """The inverse of `to_dict`. An unknown field is a ConfigError; a missing one keeps its default."""
     config = Config()
     _fill(config, values, "")
-    validate(config)
     return config
 
 
 def _fill(node: Any, values: dict[str, Any], path: str) -> None:
     known = {field.name for field in dataclasses.fields(node)}
     for name, value in values.items():
-        _require(name in known, f"{path}{name} is not a field of this version's config; remove it")
+        if name not in known:
+            raise ConfigError(f"{path}{name} is not a field of this version's config; remove it")
         if isinstance(value, dict):
             _fill(getattr(node, name), value, f"{path}{name}.")
         else:

@@ -58,7 +58,7 @@ TRAIN = ("train", f"{CONFIG}:somewhere", "--workdir=unused")
          "3", "set it to one of 1, 2, 4, 8"),
         (("--config.model.period=('mambo',)",), "model.period", "mambo", "mamba, attention, mlp, moe"),
         (("--config.model.vocab_size=100",), "model.vocab_size", "100", "set it to 257 or more"),
-        (("--config.data.source=c5",), "data.source", "c5", "wikipedia, docstrings, text"),
+        (("--config.data.source=c5",), "data.source", "c5", "wikipedia, docstrings, files, tfds, prepared"),
         (("--config.data.batch_size=9", "--config.training.num_microbatches=2"), "training.num_microbatches", "2",
          "data.batch_size=9"),
         (("--config.model.moe.group_size=33",), "model.moe.group_size", "33", "set it to 0 or to a divisor"),

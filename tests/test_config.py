@@ -7,15 +7,16 @@ import sys
 import pytest
 
 from moejax import config as config_lib
+from moejax import rules
 
 
 def test_the_defaults_are_valid():
-    config_lib.validate(config_lib.Config())
+    rules.validate(config_lib.Config())
 
 
 def test_a_config_survives_json():
     c = config_lib.Config()
-    c.model.prefix, c.model.moe.top_k, c.data.paths, c.mesh.data = ("attention", "mlp"), 2, ("a b", "ü"), 4
+    c.model.prefix, c.model.moe.top_k, c.data.source, c.mesh.data = ("attention", "mlp"), 2, "files:a b,ü", 4
     again = config_lib.from_dict(json.loads(json.dumps(config_lib.to_dict(c))))
     assert again == c
     assert hash(again) == hash(c)
@@ -56,7 +57,12 @@ def set_field(config, path, value):
         ("model.moe.capacity_factor", float("nan")), ("model.moe.group_size", -1),
         ("model.moe.balance_weight", float("inf")), ("model.vocab_size", 4095), ("data.tokenizer", "words"),
         ("data.vocab_size", 256), ("data.seq_length", 1), ("data.batch_size", 0), ("data.validation_fraction", 0.0),
-        ("data.validation_fraction", 1.0), ("data.num_workers", -1), ("data.source", "text"), ("data.seed", -1),
+        ("data.validation_fraction", 1.0), ("data.num_workers", -1), ("data.source", "text"), ("data.source", "files:"),
+        ("data.source", "wikipedia:x"), ("data.source", ""), ("data.validation_source", "prepared"),
+        ("data.tokenizer", "hf"), ("data.end_of_text", "</s>"),
+        ("data.tokenizer", "bpe:x"), ("data.tokenizer", "gpt2"), ("data.packing", "tight"),
+        ("data.objective", "bert"), ("data.noise_density", 1.0), ("data.mean_span_length", 0.5),
+        ("data.validation_documents", -1), ("data.seed", -1),
         ("optimizer.beta1", 1.0), ("optimizer.beta2", -0.1), ("optimizer.eps", 0.0),
         ("optimizer.final_fraction", 1.5), ("optimizer.decay", "some"), ("optimizer.clip_norm", -1.0),
         ("training.num_steps", 0), ("training.num_microbatches", 3), ("training.ema_alpha", 0.0),
@@ -69,7 +75,7 @@ def test_what_cannot_be_is_refused_in_one_line_that_names_the_field(path, value)
     config = config_lib.Config()
     set_field(config, path, value)
     with pytest.raises(config_lib.ConfigError) as error:
-        config_lib.validate(config)
+        rules.validate(config)
     message = str(error.value)
     assert path.rpartition(".")[2] in message or path in message
     assert "\n" not in message
@@ -79,20 +85,20 @@ def test_what_cannot_be_is_refused_in_one_line_that_names_the_field(path, value)
 def test_settings_of_a_branch_that_the_model_does_not_have_do_not_matter():
     config = config_lib.Config()
     config.model.attention.num_heads = 7  # does not divide 256
-    config_lib.validate(config)
+    rules.validate(config)
     config.model.suffix = ("attention",)
     with pytest.raises(config_lib.ConfigError, match="num_heads=7"):
-        config_lib.validate(config)
+        rules.validate(config)
 
 
 def test_a_whole_number_in_a_float_field_is_the_same_setting():
     config = config_lib.Config()
     config.optimizer.clip_norm = 1
-    config_lib.validate(config)
+    rules.validate(config)
     assert config == config_lib.Config()
     assert isinstance(config.optimizer.clip_norm, float)
 
 
-def test_the_config_imports_no_jax():
-    program = "import sys, moejax.config; sys.exit('jax' in sys.modules or 'flax' in sys.modules)"
+def test_the_config_and_its_rules_import_no_jax():
+    program = "import sys, moejax.config, moejax.rules; sys.exit('jax' in sys.modules or 'flax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from moejax import config as config_lib
+from moejax import rules
 from moejax.models import lm
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "configs"
@@ -41,7 +42,7 @@ def test_a_config_is_valid_and_its_model_runs_on_its_rows(function):
     """By shapes alone: nothing is allocated or compiled. Training needs a gradient of the same shapes."""
     c = function()
     assert function.__doc__
-    config_lib.validate(c)
+    rules.validate(c)
     assert config_lib.from_dict(config_lib.to_dict(c)) == c
     tokens = jax.ShapeDtypeStruct((c.data.batch_size // c.training.num_microbatches, c.data.seq_length), jnp.int32)
 

@@ -41,8 +41,7 @@ def get_config(folder: str) -> config.Config:
     c.model.mamba.d_state = 4
     c.model.moe.num_experts = 4
     c.model.moe.d_expert = 16
-    c.data.source = "text"
-    c.data.paths = (folder,)
+    c.data.source = f"files:{folder}"
     c.data.tokenizer = "bytes"
     c.data.seq_length = 32
     c.data.batch_size = 8

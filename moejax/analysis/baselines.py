@@ -1,14 +1,17 @@
 """What counting alone achieves: the losses a language model must beat on the same held-out documents.
 
-The prediction problem is the model's (`packing`): each document's tokens and its end, the first token from EOT.
+The prediction problem is the model's: the pairs of the same rows (`packing`).
 """
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
 
-from moejax.data import pipeline
+from moejax.data import packing
+
+MAX_PAIRS = 2**22  # counted in: seconds, and tens of megabytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,17 +23,16 @@ class Baselines:
     bigram: float  # the target given the input, see `kneser_ney`
 
 
-def compute(train: pipeline.Documents, validation: pipeline.Documents, vocab_size: int, eot: int) -> Baselines:
+def compute(train: packing.Packer, validation: packing.Packer, vocab_size: int) -> Baselines:
     """The baselines of a corpus.
 
     Args:
-      train: the documents to count in.
-      validation: the documents to predict.
-      vocab_size: V, tokens with a probability; `eot` is one of them.
-      eot: the id of end-of-text.
+      train: rows to count in: the first of an epoch, 2**22 pairs at most.
+      validation: rows to predict, all of them.
+      vocab_size: V, tokens with a probability.
     """
-    inputs_T, targets_T = _pairs(train, eot)
-    held_out_inputs_T, held_out_targets_T = _pairs(validation, eot)
+    inputs_T, targets_T = _pairs(train, MAX_PAIRS)
+    held_out_inputs_T, held_out_targets_T = _pairs(validation)
     count_V = np.bincount(targets_T, minlength=vocab_size)
     unigram_V = (count_V + 1) / (len(targets_T) + vocab_size)
     bigram_T = kneser_ney(inputs_T, targets_T, held_out_inputs_T, held_out_targets_T, vocab_size)
@@ -84,7 +86,14 @@ def kneser_ney(
     return np.where(total_Q > 0, discounted_Q / np.maximum(total_Q, 1), continuation_Q)
 
 
-def _pairs(documents: pipeline.Documents, eot: int) -> tuple[np.ndarray, np.ndarray]:
-    """(inputs, targets): one EOT before, between and after documents ends one and begins the next."""
-    stream = np.insert(documents.tokens, documents.offsets, eot)
-    return stream[:-1], stream[1:]
+def _pairs(packer: packing.Packer, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(inputs, targets) of the rows from row 0 on, until `limit` pairs are found or an epoch ends."""
+    inputs, targets, count = [], [], 0
+    for row in itertools.count() if packer.num_rows is None else range(packer.num_rows):
+        for stream in packer.read([row])[0]:
+            inputs.append(stream[:-1])
+            targets.append(stream[1:])
+            count += len(stream) - 1
+        if limit is not None and count >= limit:
+            break
+    return np.concatenate(inputs), np.concatenate(targets)

@@ -59,18 +59,18 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     choices; MoE models), baselines (uniform, unigram, bigram; nats a token).
     """
     config, tokenizer = run.config, run.tokenizer
-    prepared = pipeline.prepare(config.data, tokenizer)
-    folder.check_corpus(prepared, run.workdir)
-    batches = pipeline.validation_batches(prepared, config.data)
+    data = pipeline.load(config.data, tokenizer)
+    folder.check_corpus(data, run.workdir)
+    batches = pipeline.validation_batches(data, config.data)
     result = evaluate.evaluate(run.model, evaluate.make_eval_step(run.mesh), batches, run.mesh)
-    of_split = baselines.compute(prepared.train, prepared.validation, tokenizer.vocab_size, tokenizer.end_of_text)
+    of_split = baselines.compute(data.train, pipeline.validation_packer(data, config.data), tokenizer.vocab_size)
     summary = {
         "step": run.step,
         "loss": result["loss"],
         "perplexity": math.exp(min(result["loss"], 700.0)),
-        "bits_per_byte": prepared.validation.bits_per_byte(result["loss"]),
+        "bits_per_byte": data.validation.bits_per_byte(result["loss"]),
         "tokens": int(result["tokens"]),
-        "documents": len(prepared.validation),
+        "documents": len(data.validation),
         **({"dropped": result["dropped"]} if "dropped" in result else {}),
         "baselines": dataclasses.asdict(of_split),
     }

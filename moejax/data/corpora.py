@@ -1,4 +1,4 @@
-"""Corpora: sequences of documents, and their split into training and held-out documents."""
+"""Corpora that need no files: Wikipedia lead sections and docstrings; and the split of any corpus into two sides."""
 
 import ast
 import collections
@@ -14,21 +14,18 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from absl import logging
 
 from moejax import config as config_lib
-from moejax.data import cache
+from moejax.data import cache, sources
 
 WIKIPEDIA_FILE = "data/summaries_en-us.json"
-TEXT_SUFFIXES = (".txt", ".md")
-MAX_FILE_DOCUMENT = 2**16  # characters; a longer text file is cut into documents, so that one file can be split
 MIN_DOCSTRING = 200  # characters
 MAX_DOCSTRINGS = 2**22  # characters; about the size of the wikipedia corpus, seconds to parse
 
 
 @dataclasses.dataclass(frozen=True)
-class Corpus:
-    """Documents in a fixed order; `corpus[i]` is the text of document i."""
+class Corpus(Sequence[str]):
+    """Documents in memory; see `sources.Source`."""
 
     documents: tuple[str, ...]
     num_skipped: int  # entries left out: blank documents, or source files that can't be read or parsed
@@ -39,32 +36,62 @@ class Corpus:
     def __getitem__(self, index: int) -> str:
         return self.documents[index]
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the texts in UTF-8."""
+        return sum(len(text.encode()) for text in self.documents)
 
-def load(config: config_lib.DataConfig) -> Corpus:
-    """The documents that `data.source` names.
+    @property
+    def fingerprint(self) -> str:
+        """Of every text."""
+        return cache.digest(self.documents)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subset(Sequence[str]):
+    """Some documents of a source, in the order of their indices; see `sources.Source`."""
+
+    source: sources.Source
+    indices: np.ndarray
+    num_skipped = 0  # the whole source counts what it left out
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> str:
+        return self.source[int(self.indices[index])]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole source."""
+        return self.source.num_bytes
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the source and the indices."""
+        return cache.digest([self.source.fingerprint, str(self.indices.tolist())])
+
+
+def load(name: str) -> Corpus:
+    """The corpus of that name.
 
     - wikipedia: 10,033 articles, each its title, a blank line and its lead section.
     - docstrings: docstrings of the standard library and of the packages installed beside moejax; see `_docstrings`.
-    - text: the files and folders of `data.paths`; see `_text`.
 
     Raises:
-      config.ConfigError: the source's package is missing, or `data.paths` holds no text.
+      config.ConfigError: the corpus's package is missing.
     """
-    match config.source:
+    match name:
         case "wikipedia":
-            corpus = _wikipedia()
+            return _wikipedia()
         case "docstrings":
-            corpus = _docstrings()
-        case "text":
-            corpus = _text(config.paths)
-        case source:
-            raise config_lib.ConfigError(f"data.source={source} is not known; choose wikipedia, docstrings or text")
-    logging.info("data.source=%s: %d documents, %d skipped", config.source, len(corpus), corpus.num_skipped)
-    return corpus
+            return _docstrings()
+        case _:
+            raise config_lib.ConfigError(f"data.source={name} is not known; choose wikipedia or docstrings")
 
 
-def split(corpus: Corpus, validation_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Splits by document: (training indices, validation indices), both ascending.
+def split(source: sources.Source, validation_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Splits by document: (training indices, validation indices), both ascending. Reads every document.
 
     Of the n distinct texts, the max(1, round(n * validation_fraction)) with the smallest hash are held out. So a
     document's side does not depend on the order of the corpus, and documents of equal text share a side.
@@ -72,14 +99,14 @@ def split(corpus: Corpus, validation_fraction: float) -> tuple[np.ndarray, np.nd
     Raises:
       config.ConfigError: a side would be empty.
     """
-    hashes = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in corpus.documents]
+    hashes = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in source]
     distinct = sorted(set(hashes))
     num_held_out = max(1, round(len(distinct) * validation_fraction))
     if num_held_out >= len(distinct):
         remedy = "lower it" if len(distinct) > 1 else "give data.source more documents"
         raise config_lib.ConfigError(
             f"data.validation_fraction={validation_fraction} holds out {num_held_out} of the {len(distinct)} distinct "
-            f"documents, which leaves none to train on; {remedy}"
+            f"documents, which leaves none to train on; {remedy}, or set data.validation_source"
         )
     threshold = distinct[num_held_out]
     held_out = np.array([digest < threshold for digest in hashes])
@@ -180,67 +207,3 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-# --- text files ----------------------------------------------------------------------------------------------------
-
-
-def _text(paths: Sequence[str]) -> Corpus:
-    """A document a file, in the order of `paths`, and by name within a folder; blank files are skipped.
-
-    A folder stands for its *.txt and *.md files, at any depth; a file that is named is read whatever its suffix. A file
-    of more than 2**16 characters is cut into documents after a blank line, else after a line, else anywhere.
-    """
-    files = dict.fromkeys(file for path in paths for file in _text_files(pathlib.Path(path).expanduser()))
-    pieces = [piece for file in files for piece in _cut(_read(file), MAX_FILE_DOCUMENT)]
-    documents = tuple(piece for piece in pieces if piece.strip())
-    if not documents:
-        raise config_lib.ConfigError(
-            f"data.paths={tuple(paths)} holds {len(files)} files, all of them empty; give files with text"
-        )
-    return Corpus(documents, num_skipped=len(pieces) - len(documents))
-
-
-def _text_files(path: pathlib.Path) -> list[pathlib.Path]:
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in TEXT_SUFFIXES and file.is_file())
-        if not files:
-            wanted = " or ".join(f"*{suffix}" for suffix in TEXT_SUFFIXES)
-            raise config_lib.ConfigError(
-                f"data.paths: the folder {path} holds no {wanted} file at any depth; "
-                "name another folder, or files of any suffix one by one"
-            )
-        return files
-    if not path.exists():
-        raise config_lib.ConfigError(
-            f"data.paths: {path} does not exist (seen from {os.getcwd()}); name a file or a folder that does"
-        )
-    return [path]
-
-
-def _read(path: pathlib.Path) -> str:
-    try:
-        return path.read_bytes().decode()  # bytes: text mode would rewrite line ends
-    except UnicodeDecodeError as error:
-        raise config_lib.ConfigError(
-            f"data.paths: {path} is not UTF-8 at byte {error.start} ({error.reason}); convert it or leave it out"
-        ) from None
-    except OSError as error:
-        raise config_lib.ConfigError(
-            f"data.paths: {path} can't be read ({error.strerror}); mend it or leave it out"
-        ) from None
-
-
-def _cut(text: str, limit: int) -> Iterator[str]:
-    """Pieces of at most `limit` characters; joined, they are the text."""
-    start = 0
-    while len(text) - start > limit:
-        stop = start + limit
-        for endings in (("\n\n", "\n\r\n"), ("\n",)):
-            found = [at + len(ending) for ending in endings if (at := text.rfind(ending, start, stop)) >= 0]
-            if found:
-                stop = max(found)
-                break
-        yield text[start:stop]
-        start = stop
-    yield text[start:]

@@ -1,153 +1,314 @@
 """From a config to batches. Training batch n is a pure function of (documents, config, n).
 
-A batch is a dict of arrays of shape [B, L]: inputs_BL, targets_BL, segment_ids_BL, positions_BL (int32) and
-loss_mask_BL (bool), as `packing.row` defines them.
+It does not depend on how many hosts read it, each its part, nor on the number of workers, nor on where a run stopped:
+the state of the pipeline is the step. A batch is a dict of arrays of shape [B, L], as `packing.NextToken.arrays` or
+`corruption.row` define them for a row.
 """
 
 import dataclasses
+import functools
 import hashlib
-import itertools
-import math
+import pathlib
+import sys
 from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from moejax import config as config_lib
-from moejax.data import corpora, packing, tokenizers
+from moejax.data import cache, corpora, corruption, documents, packing, prepared, randomness, sources, tokenizers
 
-Batch = dict[str, np.ndarray]
+Batch = packing.Arrays
 
-# A batch takes about a millisecond to make, under the interpreter's lock: more threads or a longer queue only hold
-# memory (Grain's defaults are 16 threads and 500 batches).
+MAX_IN_MEMORY = 2**31  # bytes of files whose documents may all be read, or tokenised, before the first step
+
+# A batch takes a millisecond or a few to make, mostly under the interpreter's lock: more threads or a longer queue only
+# hold memory (Grain's defaults are 16 threads and 500 batches). Where that is too slow, data.num_workers helps.
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Documents(Sequence[np.ndarray]):
-    """Tokenised documents; `documents[i]` is the int32 tokens of document i, without end-of-text."""
-
-    tokens: np.ndarray  # int32, all documents end to end
-    offsets: np.ndarray  # int64, document i is tokens[offsets[i] : offsets[i + 1]]
-    num_bytes: int  # of the texts in UTF-8
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        index = range(len(self))[index]  # -1 is the last; IndexError beyond it
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
-
-    @property
-    def num_targets(self) -> int:
-        """What a model predicts in one pass: every token, and every document's end."""
-        return len(self.tokens) + len(self)
-
-    def bits_per_byte(self, nats_per_token: float) -> float:
-        """A mean loss over all targets as bits a byte of text, which compares models of different tokenizers."""
-        return nats_per_token * self.num_targets / (self.num_bytes * math.log(2))
-
-
-def tokenize(texts: Sequence[str], tokenizer: tokenizers.Tokenizer) -> Documents:
-    """The documents of these texts, in their order."""
-    ids = tokenizer.encode_batch(texts)
-    lengths = [len(document) for document in ids]
-    return Documents(
-        tokens=np.fromiter(itertools.chain.from_iterable(ids), np.int32, count=sum(lengths)),
-        offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
-        num_bytes=sum(len(text.encode()) for text in texts),
-    )
-
-
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class Data:
     """A corpus ready to train on: no document, and no text, is on both sides."""
 
     tokenizer: tokenizers.Tokenizer
-    train: Documents
-    validation: Documents
+    objective: packing.Objective
+    train: packing.Packer
+    validation: documents.InMemory
+    digest: str  # of all that decides the rows but the config: equal digests mean equal rows
+    num_documents: int  # to train on
+    num_tokens: int | None  # of them, their ends included; None where nobody has counted
+    num_left_out: int | None  # blank documents and entries that can't be read, of both sides; None: not counted
 
-    def describe(self) -> dict[str, int | str]:
-        """Sizes, and a digest of every token of both sides: equal digests mean equal rows."""
-        digest = hashlib.blake2b(digest_size=16)
-        for documents in (self.train, self.validation):
-            digest.update(documents.offsets.tobytes())
-            digest.update(documents.tokens.tobytes())
+    def describe(self) -> dict[str, int | str | None]:
+        """Sizes and the digest, for a run's folder."""
         return {
-            "digest": digest.hexdigest(),
-            "train_documents": len(self.train),
-            "train_tokens": self.train.num_targets,
+            "digest": self.digest,
+            "train_documents": self.num_documents,
+            "train_tokens": self.num_tokens,
             "validation_documents": len(self.validation),
             "validation_tokens": self.validation.num_targets,
             "vocab_size": self.tokenizer.vocab_size,
+            "left_out": self.num_left_out,
         }
 
 
-def prepare(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenizer | None = None) -> Prepared:
-    """Loads the corpus, splits it and tokenises both sides.
+def load(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenizer | None = None) -> Data:
+    """Opens the corpus, its tokenizer and its packer.
+
+    Held-out documents are always tokenised here, and training documents where the packer needs their lengths; else they
+    are read and tokenised row by row.
 
     Args:
-      config: source, paths, tokenizer, vocab_size and validation_fraction matter.
+      config: the data of a run.
       tokenizer: used as it is, e.g. one that a run saved; None builds the one that the config names.
 
     Raises:
-      config.ConfigError: see `corpora.load` and `corpora.split`.
+      config.ConfigError: the data can't be read, or are not what the config says.
     """
-    corpus = corpora.load(config)
-    train_indices, validation_indices = corpora.split(corpus, config.validation_fraction)
-    train_texts = [corpus[i] for i in train_indices]
+    if config.source.startswith("prepared:"):
+        return _load_prepared(config, tokenizer)
+    texts = open_texts(config)
     if tokenizer is None:
-        tokenizer = tokenizers.build(config, train_texts)
-    train = tokenize(train_texts, tokenizer)
-    validation = tokenize([corpus[i] for i in validation_indices], tokenizer)
-    logging.info("%d tokens to train on, %d held out", len(train.tokens), len(validation.tokens))
-    return Prepared(tokenizer, train, validation)
+        tokenizer = tokenizers.build(config, texts.train)
+    objective = make_objective(config, tokenizer)
+    validation = documents.tokenize(texts.validation, tokenizer)
+    if config.packing in ("sample", "pad"):
+        train: documents.OnTheFly | documents.InMemory = documents.OnTheFly(texts.train, tokenizer)
+        lengths = num_tokens = num_left_out = None
+        digest = cache.digest([texts.fingerprint, tokenizer.digest])
+    else:
+        _check_in_memory(texts.train, f"data.packing={config.packing} needs the length of every document")
+        train = documents.tokenize(texts.train, tokenizer)
+        lengths, num_tokens = train.lengths, train.num_targets
+        num_left_out = texts.num_skipped + train.num_blank + validation.num_blank
+        digest = _digest(train, validation)
+    return Data(
+        tokenizer=tokenizer,
+        objective=objective,
+        train=_train_packer(config, train, lengths, objective),
+        validation=validation,
+        digest=digest,
+        num_documents=len(train),
+        num_tokens=num_tokens,
+        num_left_out=num_left_out,
+    )
 
 
-class Rows(Sequence[Batch]):
-    """The rows of packed documents, by random access; a Grain source.
+def _load_prepared(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenizer | None) -> Data:
+    folder = prepared.open_folder(pathlib.Path(config.source.removeprefix("prepared:")).expanduser())
+    prepared.check_settings(folder, config, tokenizer)
+    objective = make_objective(config, folder.tokenizer)
+    if folder.form == "rows":
+        train: packing.Packer = folder.rows()
+    else:
+        stored = folder.stored("train")
+        train = _train_packer(config, stored, stored.lengths, objective)
+    return Data(
+        tokenizer=folder.tokenizer,
+        objective=objective,
+        train=train,
+        validation=folder.in_memory("validation", config.validation_documents),
+        digest=folder.digest,
+        num_documents=folder.total("train", "documents"),
+        num_tokens=folder.total("train", "tokens") + folder.total("train", "documents"),
+        num_left_out=folder.total("train", "blank") + folder.total("validation", "blank"),
+    )
 
-    Which documents share a row is fixed by the documents and the seed, which shuffles them before they are packed;
-    without one they are packed in their order.
+
+# --- texts ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Both sides of a corpus before it is tokenised."""
+
+    train: sources.Source
+    validation: sources.Source
+    num_skipped: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Of both sides."""
+        return cache.digest([self.train.fingerprint, self.validation.fingerprint])
+
+
+def open_texts(config: config_lib.DataConfig) -> Texts:
+    """The documents of data.source and those held out: data.validation_source, else the source's own split
+    `validation`, else a share of the documents, chosen by a hash of the text."""
+    source = _open_source(config, config.source)
+    splits = sources.splits(config.source, tfds_dir=config.tfds_dir)
+    if config.validation_source:
+        train, held_out = source, _open_source(config, config.validation_source)
+    elif "validation" in splits:
+        train, held_out = source, _open_source(config, config.source, "validation")
+    else:
+        _check_in_memory(source, "to hold out a share of the documents by their hash all of them are read")
+        sides = corpora.split(source, config.validation_fraction)
+        train, held_out = (corpora.Subset(source, side) for side in sides)
+    num_skipped = source.num_skipped + (held_out.num_skipped if not isinstance(held_out, corpora.Subset) else 0)
+    limit = config.validation_documents
+    if limit and len(held_out) > limit:
+        held_out = corpora.Subset(held_out, np.arange(limit))
+    return Texts(train, held_out, num_skipped)
+
+
+def _open_source(config: config_lib.DataConfig, spec: str, split: str = "train") -> sources.Source:
+    if spec in config_lib.CORPORA:
+        return corpora.load(spec)
+    return sources.open_source(spec, split=split, text_field=config.text_field, tfds_dir=config.tfds_dir)
+
+
+def _check_in_memory(source: sources.Source, why: str) -> None:
+    if source.num_bytes > MAX_IN_MEMORY:
+        raise config_lib.ConfigError(
+            f"{why}, and data.source has {source.num_bytes / 1e9:.0f} GB of files, over {MAX_IN_MEMORY / 1e9:.0f} GB; "
+            "set data.validation_source and data.packing=sample or pad, or tokenise it once with moejax data prepare"
+        )
+
+
+def _digest(train: documents.InMemory, validation: documents.InMemory) -> str:
+    """Of every token of both sides."""
+    state = hashlib.blake2b(digest_size=16)
+    for side in (train, validation):
+        state.update(side.offsets.tobytes())
+        state.update(side.tokens.tobytes())
+    return state.hexdigest()
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------
+
+
+def make_objective(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenizer) -> packing.Objective:
+    """What a row is made into."""
+    if config.objective == "next_token":
+        return packing.NextToken(
+            row_length=config.seq_length, end_of_text=tokenizer.end_of_text, isolate=config.isolate_documents
+        )
+    if not tokenizer.num_sentinels:
+        raise config_lib.ConfigError(
+            f"data.objective={config.objective} needs sentinel tokens, and data.tokenizer={config.tokenizer} has none; "
+            "use a T5 vocabulary, e.g. sentencepiece:FILE"
+        )
+    objective = packing.SpanCorruption(
+        inputs_length=config.seq_length,
+        noise_density=config.noise_density,
+        mean_span_length=config.mean_span_length,
+        first_sentinel=tokenizer.first_sentinel,
+        num_sentinels=tokenizer.num_sentinels,
+        end_of_text=tokenizer.end_of_text,
+        pad=tokenizer.pad,
+        seed=config.seed,
+    )
+    num_spans = corruption.counts(objective.num_units, config.noise_density, config.mean_span_length)[1]
+    if num_spans > tokenizer.num_sentinels:
+        raise config_lib.ConfigError(
+            f"data.seq_length={config.seq_length} gives rows of {num_spans} spans, and "
+            f"data.tokenizer={config.tokenizer} has {tokenizer.num_sentinels} sentinels; "
+            "raise data.mean_span_length or lower data.seq_length"
+        )
+    return objective
+
+
+def make_packer(
+    config: config_lib.DataConfig,
+    tokenised: packing.Documents,
+    lengths: np.ndarray | None,
+    objective: packing.Objective,
+    order: np.ndarray,
+) -> packing.Packer:
+    """The packer that reads every document once an epoch; for packing=sample that is `Concatenate`.
+
+    Args:
+      config: packing matters.
+      tokenised: the documents.
+      lengths: tokens of each; best_fit and concatenate need them.
+      objective: what the rows are for.
+      order: the documents in the order in which they are packed.
     """
-
-    def __init__(self, documents: Documents, seq_length: int, end_of_text: int, seed: int | None = None):
-        order = np.arange(len(documents)) if seed is None else np.random.default_rng(seed).permutation(len(documents))
-        lengths = np.diff(documents.offsets)[order] + 1  # a document's end is a target too
-        self.pieces = [
-            tuple((int(order[document]), start, stop) for document, start, stop in pieces)
-            for pieces in packing.best_fit(lengths, seq_length)
-        ]
-        self._documents = documents
-        self._seq_length = seq_length
-        self._end_of_text = end_of_text
-
-    def __len__(self) -> int:
-        return len(self.pieces)
-
-    def __getitem__(self, index: int) -> Batch:
-        return packing.row(self.pieces[index], self._documents, self._seq_length, self._end_of_text)
+    if config.packing == "pad":
+        return packing.Pad(tokenised, objective, order)
+    assert lengths is not None
+    kind = packing.BestFit if config.packing == "best_fit" else packing.Concatenate
+    return kind.make(tokenised, lengths, order, objective)
 
 
-def train_dataset(prepared: Prepared, config: config_lib.DataConfig) -> grain.MapDataset[Batch]:
-    """All training batches, without end: `dataset[n]` is batch n.
+def shuffled(seed: int, index: int, count: int) -> np.ndarray:
+    """The order in which `count` documents are packed for training; `index` tells shards apart."""
+    return randomness.permutation(seed, "documents", index, count)
+
+
+def _train_packer(
+    config: config_lib.DataConfig,
+    tokenised: packing.Documents,
+    lengths: np.ndarray | None,
+    objective: packing.Objective,
+) -> packing.Packer:
+    if config.packing == "sample":
+        return packing.Sample(tokenised, objective, config.seed)
+    return make_packer(config, tokenised, lengths, objective, shuffled(config.seed, 0, len(tokenised)))
+
+
+def validation_packer(data: Data, config: config_lib.DataConfig) -> packing.Packer:
+    """The held-out documents in their order, packed as in training; for packing=sample end to end, each once."""
+    held_out = data.validation
+    return make_packer(config, held_out, held_out.lengths, data.objective, np.arange(len(held_out)))
+
+
+# --- batches -------------------------------------------------------------------------------------------------------
+
+
+class TrainBatches(Sequence[Batch]):
+    """One host's part of every training batch; a Grain source. `batches[n]` is its part of batch n, for any n.
 
     The rows are read in epochs, each of them every row once in an order of its own; a batch may span two epochs.
     """
-    rows = Rows(prepared.train, config.seq_length, prepared.tokenizer.end_of_text, config.seed)
-    dataset = grain.MapDataset.source(rows).seed(config.seed).shuffle().repeat()
-    return dataset.batch(config.batch_size, batch_fn=packing.batch)
+
+    def __init__(self, data: Data, config: config_lib.DataConfig, host: int = 0, num_hosts: int = 1):
+        if config.batch_size % num_hosts:
+            raise config_lib.ConfigError(
+                f"data.batch_size={config.batch_size} does not divide over {num_hosts} hosts; "
+                f"set it to a multiple of {num_hosts}"
+            )
+        self._packer, self._objective, self._seed = data.train, data.objective, config.seed
+        self._batch_size, self._host, self._part = config.batch_size, host, config.batch_size // num_hosts
+
+    def __len__(self) -> int:
+        return sys.maxsize // self._batch_size
+
+    def __getitem__(self, step: int) -> Batch:
+        first = step * self._batch_size + self._host * self._part
+        indices = range(first, first + self._part)
+        streams = self._packer.read([self._row(index) for index in indices])
+        return packing.batch([self._objective.arrays(*pair) for pair in zip(streams, indices, strict=True)])
+
+    def _row(self, index: int) -> int:
+        """The row that is read at this place of the endless sequence of rows."""
+        num_rows = self._packer.num_rows
+        if num_rows is None:
+            return index
+        epoch, place = divmod(index, num_rows)
+        return grain.experimental.index_shuffle(
+            place, max_index=num_rows - 1, seed=_epoch_seed(self._seed, epoch), rounds=4
+        )
+
+
+@functools.cache
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return int(randomness.bits(seed, "rows", epoch, 1)[0]) >> 32
 
 
 def train_batches(
-    prepared: Prepared, config: config_lib.DataConfig, start_step: int = 0
+    data: Data, config: config_lib.DataConfig, start_step: int = 0, *, host: int = 0, num_hosts: int = 1
 ) -> grain.DatasetIterator[Batch]:
-    """Training batches from batch `start_step` on, without end, whatever `data.num_workers` is.
+    """One host's part of the training batches from batch `start_step` on, without end, whatever data.num_workers is.
 
-    Call `close()` on the iterator to stop its workers at once; else they stop with the process.
+    The parts of hosts 0, 1, ... one after another are the batch that a single host would read. Call `close()` on the
+    iterator to stop its workers at once; else they stop with the process.
     """
-    dataset = train_dataset(prepared, config)[start_step:].to_iter_dataset(_READ_OPTIONS)
+    source = TrainBatches(data, config, host, num_hosts)
+    dataset = grain.MapDataset.source(source)[start_step:].to_iter_dataset(_READ_OPTIONS)
     if config.num_workers:
         if not flags.FLAGS.is_parsed():  # Grain reads its own flags when it starts workers, from any program
             flags.FLAGS.mark_as_parsed()
@@ -155,18 +316,19 @@ def train_batches(
     return iter(dataset)
 
 
-def validation_batches(prepared: Prepared, config: config_lib.DataConfig, num_batches: int = 0) -> Iterator[Batch]:
-    """The held-out documents, each once, in a fixed order; the last batch is filled with rows of padding.
+def validation_batches(data: Data, config: config_lib.DataConfig, num_batches: int = 0) -> Iterator[Batch]:
+    """The held-out rows, each once, in a fixed order; the last batch is filled with rows of padding.
 
     Args:
-      prepared: whose validation side is read.
-      config: seq_length and batch_size matter.
+      data: whose validation side is read.
+      config: packing and batch_size matter.
       num_batches: stop after so many; 0 reads all.
     """
-    end_of_text = prepared.tokenizer.end_of_text
-    rows = Rows(prepared.validation, config.seq_length, end_of_text)
-    empty = packing.row((), prepared.validation, config.seq_length, end_of_text)
-    starts = range(0, len(rows), config.batch_size)
+    packer = validation_packer(data, config)
+    assert packer.num_rows is not None
+    starts = range(0, packer.num_rows, config.batch_size)
     for start in starts[: num_batches or None]:
-        group = [rows[i] for i in range(start, min(start + config.batch_size, len(rows)))]
-        yield packing.batch(group + [empty] * (config.batch_size - len(group)))
+        indices = range(start, start + config.batch_size)
+        streams = packer.read([index for index in indices if index < packer.num_rows])
+        streams += [[]] * (config.batch_size - len(streams))
+        yield packing.batch([data.objective.arrays(*pair) for pair in zip(streams, indices, strict=True)])

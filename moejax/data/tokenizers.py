@@ -1,8 +1,6 @@
-"""Tokenizers: bytes, or byte-level BPE trained on the training documents."""
+"""Tokenizers: bytes, byte-level BPE trained on the training documents, and those that others trained."""
 
-import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -12,31 +10,38 @@ from absl import logging
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moejax import config as config_lib
-from moejax import files
-from moejax.data import cache
+from moejax.data import cache, pretrained
 
-END_OF_TEXT = "<|endoftext|>"  # its name in the vocabulary; in a text these characters mean nothing
-
-# Unless it is set, the library warns in every process forked after its threads have run. Nothing in moejax forks:
-# Grain spawns its workers.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+END_OF_TEXT = "<|endoftext|>"  # bpe: its name in the vocabulary; in a text these characters mean nothing
+MAX_CHARACTERS = 2**28  # bpe learns from so many at most, all of them in memory
 
 
 class Tokenizer(Protocol):
     """Text to token ids and back.
 
-    encode -> decode gives back any text exactly. encode never yields `end_of_text`, which parts documents and is the
-    caller's to place. A lone surrogate is not text: bytes raise UnicodeEncodeError at it, BPE raises TypeError.
+    bytes, bpe and gpt2 give back any text exactly by encode -> decode. sentencepiece normalises the text (Unicode's
+    NFKC, runs of spaces) and has one id for all it does not know; of hf the file decides.
+
+    encode never yields `end_of_text`, which parts documents and is the caller's to place, nor `pad`, nor a sentinel;
+    what hf can't help is at `pretrained.Hf`. A lone surrogate is not text: bpe and hf raise TypeError at it, the others
+    UnicodeEncodeError.
+
+    Any thread may call it, and it can be pickled. Tokenizers are equal if their name and all that defines them are.
     """
 
     @property
     def name(self) -> str:
-        """The value of `data.tokenizer` that builds it."""
+        """Its kind: `data.tokenizer` up to the colon."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that defines the encoding; the same after `save` and `load`."""
         ...
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, `end_of_text` included."""
+        """One more than the largest id, special ones included."""
         ...
 
     @property
@@ -44,33 +49,54 @@ class Tokenizer(Protocol):
         """The id before, between and after documents."""
         ...
 
+    @property
+    def pad(self) -> int:
+        """The id that fills a row; `end_of_text` where there is none of its own."""
+        ...
+
+    @property
+    def first_sentinel(self) -> int:
+        """The id of <extra_id_0>, which stands for the first span that is left out; <extra_id_N> is N below it.
+
+        It means nothing if `num_sentinels` is 0.
+        """
+        ...
+
+    @property
+    def num_sentinels(self) -> int:
+        """How many sentinels there are; 0 for bytes, bpe and gpt2."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text."""
+        """The ids of each text, by all cores (bytes: one). The lists take some 40 bytes a token."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids: `end_of_text` and ids outside the vocabulary give none, invalid UTF-8 gives U+FFFD.
+        """The text of ids. A sentinel is written as its name, <extra_id_3>; invalid UTF-8 gives U+FFFD.
 
-        A model's vocabulary may be padded beyond the tokenizer's, so that a sample can hold ids with no text.
+        `end_of_text`, `pad` and ids outside the vocabulary give none: a model's vocabulary may be padded beyond the
+        tokenizer's, so that a sample can hold ids with no text.
         """
         ...
 
     def save(self, path: pathlib.Path) -> None:
-        """Writes a JSON file that `load` reads, whole or not at all."""
+        """Writes one JSON file that `load` reads without any other, whole or not at all."""
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Bytes:
+class Bytes(pretrained.Base):
     """Token i is byte i of the UTF-8 text, for i < 256."""
 
     name = "bytes"
     vocab_size = config_lib.NUM_BYTES + 1
-    end_of_text = config_lib.NUM_BYTES
+    end_of_text = pad = config_lib.NUM_BYTES
+
+    def __init__(self):
+        super().__init__()
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -81,27 +107,11 @@ class Bytes:
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in ids if 0 <= i < config_lib.NUM_BYTES).decode(errors="replace")
 
-    def save(self, path: pathlib.Path) -> None:
-        files.write(path, json.dumps(_BYTES_FILE))
 
-
-_BYTES_FILE = {"type": "bytes"}
-
-
-class Bpe:
+class Bpe(pretrained.Hf):
     """Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019): it has tokens for any text."""
 
     name = "bpe"
-
-    def __init__(self, model: hf_tokenizers.Tokenizer):
-        self._model = model
-        # Else the characters <|endoftext|> in a text would become the token that ends it. Not kept in the file.
-        self._model.encode_special_tokens = True
-        end_of_text = model.token_to_id(END_OF_TEXT)
-        if end_of_text is None:
-            raise ValueError(f"its vocabulary lacks {END_OF_TEXT}")
-        self.vocab_size: int = model.get_vocab_size()
-        self.end_of_text: int = end_of_text
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int) -> "Bpe":
@@ -117,38 +127,65 @@ class Bpe:
             show_progress=False,
         )
         model.train_from_iterator(documents, trainer)
-        return cls(model)
-
-    def encode(self, text: str) -> list[int]:
-        return self._model.encode(text).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._model.encode_batch_fast(texts)]  # fast: computes no offsets
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._model.decode([int(i) for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=True)
+        return cls(model.to_str(), END_OF_TEXT)
 
     def to_json(self) -> str:
         """The tokenizer in the format of Hugging Face's `tokenizer.json`."""
-        return self._model.to_str()
-
-    def save(self, path: pathlib.Path) -> None:
-        files.write(path, self.to_json())
+        return self._definition["tokenizer"]
 
 
 def build(config: config_lib.DataConfig, documents: Iterable[str]) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names.
 
-    BPE learns from `documents`, which must be the training documents alone, and is cached under a hash of them. Few
-    documents give fewer than `data.vocab_size` entries: `vocab_size` tells.
+    BPE alone reads `documents`, which must be the training documents, up to MAX_CHARACTERS; it is cached under a hash
+    of what it read. Few documents give fewer than `data.vocab_size` entries: `vocab_size` tells.
+
+    Raises:
+      config.ConfigError: there is no such tokenizer, or its files are missing or not what they should be.
     """
-    match config.tokenizer:
-        case "bytes":
+    match config.tokenizer.partition(":"):
+        case "bytes", _, "":
             return Bytes()
-        case "bpe":
-            return _build_bpe(list(documents), config.vocab_size)
-        case name:
-            raise config_lib.ConfigError(f"data.tokenizer={name} is not known; choose bpe or bytes")
+        case "bpe", _, "":
+            return _build_bpe(_first(documents), config.vocab_size)
+        case ("gpt2" | "sentencepiece" | "hf") as kind, _, place:
+            return _read(kind, place, config)
+    raise config_lib.ConfigError(
+        f"data.tokenizer={config.tokenizer} is not known; "
+        "choose bpe, bytes, gpt2[:FOLDER], sentencepiece:FILE or hf:FILE"
+    )
+
+
+def _read(kind: str, place: str, config: config_lib.DataConfig) -> Tokenizer:
+    try:
+        match kind:
+            case "gpt2":
+                return pretrained.Gpt2.read(place)
+            case "sentencepiece":
+                return pretrained.SentencePiece.read(pathlib.Path(place))
+            case _:
+                return pretrained.Hf.read(pathlib.Path(place), config.end_of_text)
+    except config_lib.ConfigError:
+        raise
+    except Exception as error:  # the libraries raise what they like
+        raise config_lib.ConfigError(
+            f"data.tokenizer={config.tokenizer} can't be used ({pretrained.one_line(error)}); name another"
+        ) from None
+
+
+def _first(documents: Iterable[str]) -> list[str]:
+    """The first documents, MAX_CHARACTERS in all; the last of them may be cut."""
+    taken: list[str] = []
+    room = MAX_CHARACTERS
+    for document in documents:
+        taken.append(document[:room])
+        if len(document) > room:
+            logging.info(
+                "data.tokenizer=bpe learns from the first %d characters, %d documents", MAX_CHARACTERS, len(taken)
+            )
+            break
+        room -= len(document)
+    return taken
 
 
 def _build_bpe(documents: list[str], vocab_size: int) -> Tokenizer:
@@ -173,11 +210,14 @@ def load(path: pathlib.Path) -> Tokenizer:
       config.ConfigError: the file does not hold a tokenizer of moejax.
     """
     text = path.read_bytes().decode(errors="replace")
+    kinds = {kind.name: kind for kind in (Bytes, pretrained.Gpt2, pretrained.SentencePiece, pretrained.Hf)}
     try:
-        if json.loads(text) == _BYTES_FILE:
-            return Bytes()
-        return Bpe(hf_tokenizers.Tokenizer.from_str(text))
-    except Exception as error:  # the library raises bare Exception
+        values = json.loads(text)
+        if "type" not in values:
+            return Bpe(text, END_OF_TEXT)
+        return kinds[values.pop("type")](**values)
+    except Exception as error:  # the libraries raise what they like
         raise config_lib.ConfigError(
-            f"{path} does not hold a tokenizer ({error}); restore it, or delete it where it can be built again"
+            f"{path} does not hold a tokenizer ({pretrained.one_line(error)}); "
+            "restore it, or delete it where it can be built again"
         ) from None

@@ -2,17 +2,22 @@
 
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 from moejax import config as config_lib
-from moejax import files
+from moejax import files, rules
 from moejax.data import pipeline, tokenizers
 from moejax.training import metrics
 
 TOKENIZER_FILE = "tokenizer.json"
-DATA_FILE = "data.json"  # what the corpus was: `pipeline.Prepared.describe`
+DATA_FILE = "data.json"  # what the corpus was: `pipeline.Data.describe`
 
 # What a run may change when it goes on; anything else would make another model, or other rows in another order.
-_FREE_ON_RESUME = ("training.", "checkpoint.", "mesh.", "optimizer.", "data.num_workers")
+# Documents may move to another place: `check_corpus` sees whether they are the same.
+_FREE_ON_RESUME = (
+    *("training.", "checkpoint.", "mesh.", "optimizer."),
+    *("data.num_workers", "data.source", "data.validation_source", "data.tfds_dir"),
+)
 _NEVER_FREE = ("training.seed",)
 
 
@@ -42,19 +47,23 @@ def blocks_resume(path: str) -> bool:
     return path in _NEVER_FREE or not path.startswith(_FREE_ON_RESUME)
 
 
-def check_corpus(prepared: pipeline.Prepared, workdir: pathlib.Path) -> None:
+def check_corpus(data: pipeline.Data, workdir: pathlib.Path) -> None:
     """Refuses other documents than the run began with: rows would come in another order, and documents that it has
     trained on might be held out."""
     path = workdir / DATA_FILE
     if not has_checkpoints(workdir) or not path.exists():
         return
-    old, new = files.read_json(path), prepared.describe()
+    old, new = files.read_json(path), data.describe()
     if old["digest"] != new["digest"]:
         raise config_lib.ConfigError(
-            f"the corpus has changed since the run in {workdir} began ({old['train_documents']} documents of "
-            f"{old['train_tokens']} tokens then, {new['train_documents']} with {new['train_tokens']} now); "
+            f"the corpus has changed since the run in {workdir} began ({_sizes(old)} then, {_sizes(new)} now); "
             "bring the documents back, or train anew in another --workdir"
         )
+
+
+def _sizes(described: dict[str, Any]) -> str:
+    tokens = described["train_tokens"]
+    return f"{described['train_documents']} documents" + (f" of {tokens} tokens" if tokens else "")
 
 
 def has_checkpoints(workdir: pathlib.Path) -> bool:
@@ -67,7 +76,9 @@ def load_config(workdir: pathlib.Path) -> config_lib.Config:
     """The config that a run has written into its folder."""
     path = workdir / "config.json"
     try:
-        return config_lib.from_dict(files.read_json(path))
+        config = config_lib.from_dict(files.read_json(path))
+        rules.validate(config)
+        return config
     except FileNotFoundError:
         raise config_lib.ConfigError(
             f"--workdir={workdir} holds no config.json; name the folder of a run of moejax train"

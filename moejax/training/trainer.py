@@ -54,13 +54,18 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
       TrainingError: the loss or the gradient is no longer finite.
     """
     changed = folder.check(config, workdir)
+    if config.data.objective != "next_token":
+        raise config_lib.ConfigError(
+            f"data.objective={config.data.objective} is for encoder-decoder models, which moejax train does not have "
+            "yet; set data.objective=next_token (moejax data prepare and inspect take it)"
+        )
     mesh = partition.make_mesh(config.mesh)
     partition.check_batch(config, mesh)
     abstract = state_lib.abstract(config, mesh)
-    prepared = pipeline.prepare(config.data, folder.load_tokenizer(workdir))
-    folder.check_vocabulary(config, prepared.tokenizer)
-    folder.check_corpus(prepared, workdir)
-    metrics.say(describe(config, mesh, prepared))
+    data = pipeline.load(config.data, folder.load_tokenizer(workdir))
+    folder.check_vocabulary(config, data.tokenizer)
+    folder.check_corpus(data, workdir)
+    metrics.say(describe(config, mesh, data))
 
     # Resume wins over initialisation. The folder is written to only once there is something to go on from.
     workdir.mkdir(parents=True, exist_ok=True)
@@ -74,12 +79,12 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
         if start >= config.training.num_steps:
             metrics.say(f"all {config.training.num_steps} steps are done; raise training.num_steps to train on")
     files.write(workdir / "config.json", json.dumps(config_lib.to_dict(config), indent=2) + "\n")
-    files.write(workdir / folder.DATA_FILE, json.dumps(prepared.describe(), indent=2) + "\n")
-    prepared.tokenizer.save(workdir / folder.TOKENIZER_FILE)
+    files.write(workdir / folder.DATA_FILE, json.dumps(data.describe(), indent=2) + "\n")
+    data.tokenizer.save(workdir / folder.TOKENIZER_FILE)
 
     try:
         with Stop() as stop:
-            run_steps(config, mesh, prepared, state, start, checkpoints, workdir, stop)
+            run_steps(config, mesh, data, state, start, checkpoints, workdir, stop)
     finally:
         checkpoints.close()
 
@@ -87,7 +92,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
 def run_steps(
     config: config_lib.Config,
     mesh: jax.sharding.Mesh,
-    prepared: pipeline.Prepared,
+    data: pipeline.Data,
     state: state_lib.TrainState,
     start: int,
     checkpoints: checkpoint.Checkpoints,
@@ -101,18 +106,19 @@ def run_steps(
     writer = metrics.MetricsWriter(workdir, step=start)
     console = metrics.Console(num_steps=num_steps, step=start, log_every=config.training.log_every)
     log = RowLog(config, writer, console, start)
-    batches = pipeline.train_batches(prepared, config.data, start)
+    batches = pipeline.train_batches(data, config.data, start, host=jax.process_index(), num_hosts=jax.process_count())
     place = partition.batch_sharding(mesh)
     try:
         for step in range(start + 1, num_steps + 1):
             # a copy: a worker's arrays lie in memory that it takes back, and jax on CPU would keep them without copying
-            batch = jax.device_put(jax.tree.map(np.array, next(batches)), place)
+            local = jax.tree.map(np.array, next(batches))
+            batch = jax.tree.map(lambda part: jax.make_array_from_process_local_data(place, part), local)
             state, step_metrics = train_step(state, batch)
             log.finish_pending(checkpoints)
             log.pending = (step, step_metrics)
 
             if step % config.training.eval_every == 0 or step == num_steps:
-                held_out = pipeline.validation_batches(prepared, config.data, config.training.eval_batches)
+                held_out = pipeline.validation_batches(data, config.data, config.training.eval_batches)
                 log.validation_loss = evaluate.evaluate(state.model, eval_step, held_out, mesh)["loss"]
             stopped_by = stop.signal  # read once: a signal may come between any two lines
             if step % config.checkpoint.every == 0 or step == num_steps or stopped_by:
@@ -193,12 +199,15 @@ class RowLog:
             )
 
 
-def describe(config: config_lib.Config, mesh: jax.sharding.Mesh, prepared: pipeline.Prepared) -> str:
+def describe(config: config_lib.Config, mesh: jax.sharding.Mesh, data: pipeline.Data) -> str:
     """One line: what is trained on what."""
     num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(lm.abstract(config.model)))
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    count = f", {data.num_tokens:,} tokens" if data.num_tokens is not None else ""
+    left_out = f"; {data.num_left_out:,} blank or unreadable left out" if data.num_left_out else ""
     return (
         f"{num_params:,} parameters on {axes} ({jax.devices()[0].platform}); {config.data.source}: "
-        f"{len(prepared.train):,} documents, {prepared.train.num_targets:,} tokens to train on, "
-        f"{prepared.validation.num_targets:,} held out; vocabulary {prepared.tokenizer.vocab_size:,}"
+        f"{data.num_documents:,} documents{count} to train on, {len(data.validation):,} documents, "
+        f"{data.validation.num_targets:,} tokens held out{left_out}; packing {config.data.packing}; "
+        f"tokenizer {data.tokenizer.name} of {data.tokenizer.vocab_size:,}"
     )

@@ -9,16 +9,14 @@ import numpy as np
 import pytest
 
 from moejax.analysis import baselines
-from moejax.data import pipeline
+from moejax.data import packing
 
 
-def documents_of(*documents):
-    lengths = [len(document) for document in documents]
-    return pipeline.Documents(
-        tokens=np.array([token for document in documents for token in document], np.int32),
-        offsets=np.cumsum([0, *lengths]),
-        num_bytes=sum(lengths),
-    )
+def rows_of(eot, *documents):
+    """The documents packed into rows."""
+    tokens = [np.array(document, np.int32) for document in documents]
+    objective = packing.NextToken(row_length=16, end_of_text=eot, isolate=True)
+    return packing.BestFit.make(tokens, np.array([len(t) for t in tokens]), np.arange(len(tokens)), objective)
 
 
 def random_documents(count, vocab_size, seed):
@@ -91,17 +89,16 @@ def test_degenerate_corpora_still_give_every_token_a_probability(documents):
     p_VV = table(pairs_of(documents, eot=5), 6)
     np.testing.assert_allclose(p_VV.sum(axis=1), 1, rtol=1e-12)
     assert p_VV.min() > 0
-    losses = baselines.compute(documents_of(*documents), documents_of([4, 3], [0]), 6, 5)
+    losses = baselines.compute(rows_of(5, *documents), rows_of(5, [4, 3], [0]), 6)
     assert all(math.isfinite(loss) for loss in (losses.uniform, losses.unigram, losses.bigram))
 
 
 def test_compute_equals_slow_loops_on_documents_one_by_one():
     vocab_size, eot = 9, 8
     train, validation = random_documents(30, vocab_size, 0), random_documents(15, vocab_size, 1)
-    losses = baselines.compute(documents_of(*train), documents_of(*validation), vocab_size, eot)
+    losses = baselines.compute(rows_of(eot, *train), rows_of(eot, *validation), vocab_size)
 
     train_pairs, validation_pairs = pairs_of(train, eot), pairs_of(validation, eot)
-    assert len(validation_pairs) == documents_of(*validation).num_targets
     counts = collections.Counter(target for _, target in train_pairs)
     unigram = [math.log((counts[v] + 1) / (len(train_pairs) + vocab_size)) for _, v in validation_pairs]
     probability = slow_kneser_ney(train_pairs, vocab_size)
@@ -120,8 +117,8 @@ def test_a_bigram_process_is_learnt_and_the_baselines_fall_in_order():
         steps = rng.integers(1, 3, size=100)
         return ((rng.integers(eot) + np.cumsum(steps)) % eot).tolist()
 
-    train, validation = documents_of(*(document() for _ in range(500))), documents_of(*(document() for _ in range(50)))
-    losses = baselines.compute(train, validation, vocab_size, eot)
+    train, validation = (rows_of(eot, *(document() for _ in range(count))) for count in (500, 50))
+    losses = baselines.compute(train, validation, vocab_size)
     entropy = (math.log(eot) + 100 * math.log(2)) / 101  # the first token is uniform; the known end costs nothing
     assert losses.uniform > losses.unigram > losses.bigram > entropy
     assert losses.bigram < entropy + 0.1  # it can't see the end come: (1 + ln 101) / 101 = 0.056 nats
@@ -133,3 +130,13 @@ def test_a_million_and_a_half_tokens_are_counted_in_seconds():
     start = time.perf_counter()
     baselines.kneser_ney(inputs_T, targets_T, inputs_T[:75_000], targets_T[:75_000], 4096)
     assert time.perf_counter() - start < 3
+
+
+def test_no_more_pairs_are_counted_than_the_limit_and_a_row(monkeypatch):
+    train = rows_of(8, *random_documents(30, 9, 0))
+    monkeypatch.setattr(baselines, "MAX_PAIRS", 40)
+    rows = list(itertools.islice(range(train.num_rows), 3))
+    few = rows_of(8, *random_documents(30, 9, 0))
+    few.rows[:] = [few.rows[row] for row in rows]
+    assert sum(len(stream) - 1 for row in few.read([0, 1]) for stream in row) < 40
+    assert baselines.compute(train, train, 9) == baselines.compute(few, train, 9)

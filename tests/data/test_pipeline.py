@@ -1,6 +1,7 @@
-"""Batches depend on the seed and the step alone, read every row once an epoch, and keep the sides apart."""
+"""Batches depend on the seed and the step alone, whoever reads them; every row once an epoch; the sides kept apart."""
 
 import itertools
+import json
 import math
 import pathlib
 
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 
 from moejax import config as config_lib
-from moejax.data import packing, pipeline, tokenizers
+from moejax.data import documents, pipeline, tokenizers
 
 KEYS = ["inputs_BL", "targets_BL", "segment_ids_BL", "positions_BL", "loss_mask_BL"]
+PACKINGS = ["best_fit", "concatenate", "sample", "pad"]
 
 
 @pytest.fixture
@@ -23,8 +25,7 @@ def config(tmp_path, monkeypatch):
         text = f"{i % 50} é: " + " ".join(rng.choice(["cat", "night", "rain", "sea"], size=rng.integers(1, 20)))
         (tmp_path / "texts" / f"{i}.txt").write_text(text if i < 50 else f"{i % 50} again")
     return config_lib.DataConfig(
-        source="text",
-        paths=(str(tmp_path / "texts"),),
+        source=f"files:{tmp_path / 'texts'}",
         vocab_size=270,
         seq_length=64,
         batch_size=4,
@@ -33,8 +34,8 @@ def config(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def prepared(config):
-    return pipeline.prepare(config)
+def data(config):
+    return pipeline.load(config)
 
 
 def texts_of(documents, tokenizer):
@@ -61,96 +62,192 @@ def rows_of(batches):
     return [row.tobytes() for batch in batches for row in batch["inputs_BL"]]
 
 
-# --- preparing -----------------------------------------------------------------------------------------------------
+# --- loading -----------------------------------------------------------------------------------------------------
 
 
-def test_prepare_keeps_every_text_once_and_none_on_both_sides(config, prepared):
-    train, validation = (texts_of(side, prepared.tokenizer) for side in (prepared.train, prepared.validation))
-    files = [path.read_text() for path in pathlib.Path(config.paths[0]).iterdir()]
+def test_load_keeps_every_text_once_and_none_on_both_sides(config, data):
+    train, validation = (texts_of(side, data.tokenizer) for side in (data.train.documents, data.validation))
+    files = [path.read_text() for path in pathlib.Path(config.source.removeprefix("files:")).iterdir()]
     assert sorted(train + validation) == sorted(files)
     assert len(set(validation)) == 18
     assert not set(train) & set(validation)
-    assert prepared.train.num_bytes == sum(len(text.encode()) for text in train)
-    assert prepared.train[-1].tolist() == prepared.tokenizer.encode(train[-1])
+    assert data.train.documents.num_bytes == sum(len(text.encode()) for text in train)
+    assert data.train.documents[-1].tolist() == data.tokenizer.encode(train[-1])
+    assert data.num_tokens == sum(len(tokens) + 1 for tokens in data.train.documents)
 
 
-def test_prepare_trains_the_tokenizer_on_the_training_documents_alone(config, prepared):
-    train = texts_of(prepared.train, prepared.tokenizer)
+@pytest.mark.parametrize("packing_name", PACKINGS)
+def test_the_tokenizer_is_trained_on_the_training_documents_alone(config, packing_name):
+    config.packing = packing_name
+    data = pipeline.load(config)
+    train = texts_of(data.train.documents, data.tokenizer)
     alone = tokenizers.Bpe.train(train, config.vocab_size)
-    both = tokenizers.Bpe.train(train + texts_of(prepared.validation, prepared.tokenizer), config.vocab_size)
+    both = tokenizers.Bpe.train(train + texts_of(data.validation, data.tokenizer), config.vocab_size)
     assert alone.to_json() != both.to_json()
-    assert prepared.tokenizer.to_json() == alone.to_json()
+    assert data.tokenizer.to_json() == alone.to_json()
 
 
-def test_prepare_uses_the_tokenizer_it_is_given(config):
-    prepared = pipeline.prepare(config, tokenizers.Bytes())
-    assert prepared.tokenizer == tokenizers.Bytes()
-    assert len(prepared.train.tokens) == prepared.train.num_bytes
+def test_load_uses_the_tokenizer_it_is_given(config):
+    data = pipeline.load(config, tokenizers.Bytes())
+    assert data.tokenizer == tokenizers.Bytes()
+    assert len(data.train.documents.tokens) == data.train.documents.num_bytes
 
 
 def test_bits_per_byte_counts_every_target_and_every_byte():
-    documents = pipeline.tokenize(["ab", "é"], tokenizers.Bytes())
-    assert (documents.num_targets, documents.num_bytes) == (6, 4)
-    assert documents.bits_per_byte(math.log(2)) == pytest.approx(6 / 4)
+    found = documents.tokenize(["ab", "é"], tokenizers.Bytes())
+    assert (found.num_targets, found.num_bytes) == (6, 4)
+    assert found.bits_per_byte(math.log(2)) == pytest.approx(6 / 4)
+
+
+def test_blank_documents_are_counted_and_left_out(config, tmp_path):
+    lines = ["one two", "", " \n ", "three", "four four"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "held out"}) + "\n")
+    config.source, config.validation_source = f"files:{tmp_path}/a.jsonl", f"files:{tmp_path}/b.jsonl"
+    config.tokenizer, config.batch_size = "bytes", 50
+    data = pipeline.load(config)
+    assert (data.num_documents, data.num_left_out) == (3, 2)
+    kept = {"one two", "three", "four four"}
+    assert set(texts_of(data.train.documents, data.tokenizer)) == kept
+    for config.packing in ("sample", "pad"):
+        data = pipeline.load(config)
+        assert data.num_left_out is None
+        batch = pipeline.TrainBatches(data, config)[0]
+        assert kept <= set(texts_in([batch], data.tokenizer))
+        ends = (batch["inputs_BL"] == data.tokenizer.end_of_text) & (batch["targets_BL"] == data.tokenizer.end_of_text)
+        assert not (ends & batch["loss_mask_BL"]).any()
+
+
+def test_the_held_out_documents_are_those_of_the_validation_source_and_no_more_than_asked_for(config, tmp_path):
+    for i in range(5):
+        (tmp_path / f"held_{i}.txt").write_text(f"held out {i}")
+    config.validation_source = f"files:{tmp_path}/held_*.txt"
+    data = pipeline.load(config)
+    assert texts_of(data.validation, data.tokenizer) == [f"held out {i}" for i in range(5)]
+    assert data.num_documents == 60
+    config.validation_documents = 2
+    data = pipeline.load(config)
+    assert texts_of(data.validation, data.tokenizer) == ["held out 0", "held out 1"]
+
+
+def test_a_corpus_too_large_for_memory_is_refused_unless_its_rows_are_read_one_by_one(config, monkeypatch, tmp_path):
+    monkeypatch.setattr(pipeline, "MAX_IN_MEMORY", 100)
+    with pytest.raises(config_lib.ConfigError, match=r"to hold out a share .* moejax data prepare"):
+        pipeline.load(config)
+    (tmp_path / "held.txt").write_text("held out")
+    config.validation_source = f"files:{tmp_path}/held.txt"
+    with pytest.raises(config_lib.ConfigError, match=r"data\.packing=best_fit needs the length of every document"):
+        pipeline.load(config)
+    config.packing = "sample"
+    assert pipeline.TrainBatches(pipeline.load(config), config)[0]["inputs_BL"].shape == (4, 64)
+
+
+@pytest.mark.parametrize("packing_name", PACKINGS)
+def test_the_digest_follows_the_documents_and_not_their_place(config, packing_name, tmp_path):
+    config.packing = packing_name
+    first = pipeline.load(config)
+    (tmp_path / "texts").rename(tmp_path / "moved")
+    config.source = f"files:{tmp_path / 'moved'}"
+    assert pipeline.load(config).digest == first.digest
+    (tmp_path / "moved" / "1.txt").write_text("something else")
+    assert pipeline.load(config).digest != first.digest
+
+
+def test_span_corruption_needs_sentinels(config):
+    config.objective = "span_corruption"
+    with pytest.raises(config_lib.ConfigError, match=r"needs sentinel tokens, and data\.tokenizer=bpe has none; use"):
+        pipeline.load(config)
 
 
 # --- training ------------------------------------------------------------------------------------------------------
 
 
-def test_training_batches_have_the_shapes_and_types_of_the_contract(config, prepared):
-    batch = next(pipeline.train_batches(prepared, config))
+def test_training_batches_have_the_shapes_and_types_of_the_contract(config, data):
+    batch = next(pipeline.train_batches(data, config))
     assert list(batch) == KEYS
     assert {batch[key].shape for key in KEYS} == {(4, 64)}
     assert [batch[key].dtype.name for key in KEYS] == ["int32"] * 4 + ["bool"]
 
 
+@pytest.mark.parametrize("packing_name", PACKINGS)
 @pytest.mark.parametrize("start", [0, 1, 7, 40])
-def test_batch_n_is_the_same_from_the_start_and_after_resuming_at_n(config, prepared, start):
-    dataset = pipeline.train_dataset(prepared, config)
-    fresh = list(itertools.islice(pipeline.train_batches(prepared, config), start, start + 3))
-    resumed = list(itertools.islice(pipeline.train_batches(pipeline.prepare(config), config, start), 3))
+def test_batch_n_is_the_same_from_the_start_and_after_resuming_at_n(config, start, packing_name):
+    config.packing = packing_name
+    fresh = list(itertools.islice(pipeline.train_batches(pipeline.load(config), config), start, start + 3))
+    data = pipeline.load(config)
+    resumed = list(itertools.islice(pipeline.train_batches(data, config, start), 3))
     for n in range(3):
         assert_same(fresh[n], resumed[n])
-        assert_same(fresh[n], dataset[start + n])
+        assert_same(fresh[n], pipeline.TrainBatches(data, config)[start + n])
 
 
-def test_batches_are_the_same_with_worker_processes(config, prepared):
-    alone = list(itertools.islice(pipeline.train_batches(prepared, config, 5), 5))
+@pytest.mark.parametrize("packing_name", ["best_fit", "sample"])
+def test_batches_are_the_same_with_worker_processes(config, packing_name):
+    config.packing = packing_name
+    data = pipeline.load(config)
+    alone = list(itertools.islice(pipeline.train_batches(data, config, 5), 5))
     config.num_workers = 2
-    batches = pipeline.train_batches(prepared, config, 5)
+    batches = pipeline.train_batches(data, config, 5)
     for expected in alone:
         assert_same(next(batches), expected)
     batches.close()
 
 
-def test_an_epoch_reads_every_row_once_and_each_epoch_has_an_order_of_its_own(config, prepared):
-    config.batch_size = 1
-    length = len(pipeline.Rows(prepared.train, config.seq_length, prepared.tokenizer.end_of_text, config.seed))
+@pytest.mark.parametrize("packing_name", PACKINGS)
+def test_hosts_read_the_parts_of_one_batch_and_a_run_resumes_on_another_number_of_them(config, packing_name):
+    config.batch_size, config.packing = 8, packing_name
+    data = pipeline.load(config)
+    alone = list(itertools.islice(pipeline.train_batches(data, config), 12))
+    step = 0
+    for num_hosts, num_steps in ((2, 3), (8, 1), (4, 5), (1, 3)):  # stop, and go on with another number of hosts
+        hosts = [pipeline.train_batches(data, config, step, host=h, num_hosts=num_hosts) for h in range(num_hosts)]
+        for _ in range(num_steps):
+            parts = [next(host) for host in hosts]
+            assert {part["inputs_BL"].shape[0] for part in parts} == {8 // num_hosts}
+            assert_same({key: np.concatenate([part[key] for part in parts]) for key in KEYS}, alone[step])
+            step += 1
+    assert step == 12
+
+
+def test_a_batch_that_does_not_divide_over_the_hosts_is_refused(config, data):
+    with pytest.raises(config_lib.ConfigError, match=r"data\.batch_size=4 does not divide over 3 hosts"):
+        pipeline.train_batches(data, config, host=0, num_hosts=3)
+
+
+@pytest.mark.parametrize("packing_name", ["best_fit", "concatenate", "pad"])
+def test_an_epoch_reads_every_row_once_and_each_epoch_has_an_order_of_its_own(config, packing_name):
+    config.batch_size, config.packing = 1, packing_name
+    data = pipeline.load(config)
+    length = data.train.num_rows
     assert length > 10
-    dataset = pipeline.train_dataset(prepared, config)
-    epochs = [[dataset[epoch * length + i] for i in range(length)] for epoch in range(3)]
+    batches = pipeline.TrainBatches(data, config)
+    epochs = [[batches[epoch * length + i] for i in range(length)] for epoch in range(3)]
+    eot = data.tokenizer.end_of_text
+    whole = sorted([*tokens.tolist(), eot] for tokens in data.train.documents)
     for epoch in epochs:
-        assert sorted(texts_in(epoch, prepared.tokenizer)) == sorted(texts_of(prepared.train, prepared.tokenizer))
+        counted = np.concatenate([batch["targets_BL"][batch["loss_mask_BL"]] for batch in epoch])
+        assert sorted(counted.tolist()) == sorted(itertools.chain.from_iterable(whole))
     orders = [rows_of(epoch) for epoch in epochs]
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
-def test_no_held_out_text_is_in_a_training_batch(config, prepared):
-    batches = list(itertools.islice(pipeline.train_batches(prepared, config), 30))
-    seen = set(texts_in(batches, prepared.tokenizer))
-    assert seen == set(texts_of(prepared.train, prepared.tokenizer))
-    assert not seen & set(texts_of(prepared.validation, prepared.tokenizer))
+def test_no_held_out_text_is_in_a_training_batch(config, data):
+    batches = list(itertools.islice(pipeline.train_batches(data, config), 30))
+    seen = set(texts_in(batches, data.tokenizer))
+    assert seen == set(texts_of(data.train.documents, data.tokenizer))
+    assert not seen & set(texts_of(data.validation, data.tokenizer))
 
 
-def test_another_seed_packs_other_rows_and_reads_them_in_another_order(config, prepared):
+def test_another_seed_packs_other_rows_and_reads_them_in_another_order(config):
     config.batch_size = 1
     contents, orders = [], []
-    for config.seed in (1, 1, 2, 2**40):
-        rows = pipeline.Rows(prepared.train, config.seq_length, prepared.tokenizer.end_of_text, config.seed)
-        content = rows_of(packing.batch([row]) for row in rows)
-        dataset = pipeline.train_dataset(prepared, config)
-        orders.append([content.index(row) for row in rows_of(dataset[n] for n in range(len(rows)))])
+    for config.seed in (1, 1, 2, 2**31 - 1):
+        data = pipeline.load(config)
+        rows = data.train.num_rows
+        content = [data.objective.arrays(streams, 0)["inputs_L"].tobytes() for streams in data.train.read(range(rows))]
+        batches = pipeline.TrainBatches(data, config)
+        orders.append([content.index(row) for row in rows_of(batches[n] for n in range(rows))])
         contents.append(frozenset(content))
     assert contents[0] == contents[1]
     assert orders[0] == orders[1]
@@ -158,37 +255,52 @@ def test_another_seed_packs_other_rows_and_reads_them_in_another_order(config, p
     assert len({tuple(order) for order in orders}) == 3
 
 
-def test_fewer_rows_than_a_batch_repeat(config, prepared):
+def test_fewer_rows_than_a_batch_repeat(config, data):
     config.batch_size = 100
-    length = len(pipeline.Rows(prepared.train, config.seq_length, prepared.tokenizer.end_of_text, config.seed))
-    assert length < 50
-    batch = next(pipeline.train_batches(prepared, config))
+    assert data.train.num_rows < 50
+    batch = next(pipeline.train_batches(data, config))
     assert batch["inputs_BL"].shape == (100, 64)
-    assert len(set(rows_of([batch]))) == length
+    assert len(set(rows_of([batch]))) == data.train.num_rows
+
+
+def test_without_isolation_the_rows_hold_the_same_tokens_in_one_segment(config):
+    config.packing = "concatenate"
+    apart = pipeline.TrainBatches(pipeline.load(config), config)[0]
+    config.isolate_documents = False
+    together = pipeline.TrainBatches(pipeline.load(config), config)[0]
+    np.testing.assert_array_equal(apart["inputs_BL"], together["inputs_BL"])
+    assert apart["segment_ids_BL"].max() > 1
+    assert together["segment_ids_BL"].max() == 1
+    assert together["positions_BL"].max() == 63
 
 
 # --- held out ------------------------------------------------------------------------------------------------------
 
 
-def test_validation_reads_each_held_out_document_once_and_fills_the_last_batch_with_padding(config, prepared):
-    num_rows = len(pipeline.Rows(prepared.validation, config.seq_length, prepared.tokenizer.end_of_text))
+@pytest.mark.parametrize("packing_name", PACKINGS)
+def test_validation_reads_each_held_out_document_once_and_fills_the_last_batch_with_padding(config, packing_name):
+    config.packing = packing_name
+    data = pipeline.load(config)
+    num_rows = pipeline.validation_packer(data, config).num_rows
     config.batch_size = num_rows - 1
-    batches = list(pipeline.validation_batches(prepared, config))
+    batches = list(pipeline.validation_batches(data, config))
     assert [batch["inputs_BL"].shape for batch in batches] == [(num_rows - 1, config.seq_length)] * 2
-    assert sorted(texts_in(batches, prepared.tokenizer)) == sorted(texts_of(prepared.validation, prepared.tokenizer))
-    assert sum(batch["loss_mask_BL"].sum() for batch in batches) == prepared.validation.num_targets
+    whole = [[*tokens.tolist(), data.tokenizer.end_of_text] for tokens in data.validation]
+    counted = np.concatenate([batch["targets_BL"][batch["loss_mask_BL"]] for batch in batches])
+    assert sorted(counted.tolist()) == sorted(itertools.chain.from_iterable(whole))
+    assert sum(batch["loss_mask_BL"].sum() for batch in batches) == data.validation.num_targets
     assert batches[1]["loss_mask_BL"][0].any()
     assert not batches[1]["loss_mask_BL"][1:].any()
     assert not batches[1]["segment_ids_BL"][1:].any()
-    assert (batches[1]["inputs_BL"][1:] == prepared.tokenizer.end_of_text).all()
+    assert (batches[1]["inputs_BL"][1:] == data.tokenizer.end_of_text).all()
 
 
-def test_validation_is_the_same_each_time_and_stops_after_num_batches(config, prepared):
+def test_validation_is_the_same_each_time_and_stops_after_num_batches(config, data):
     config.batch_size = 1
-    batches = list(pipeline.validation_batches(prepared, config))
+    batches = list(pipeline.validation_batches(data, config))
     assert len(batches) > 3
-    first = list(pipeline.validation_batches(prepared, config, num_batches=3))
+    first = list(pipeline.validation_batches(data, config, num_batches=3))
     assert len(first) == 3
     for a, b in zip(first, batches, strict=False):
         assert_same(a, b)
-    assert len(list(pipeline.validation_batches(prepared, config, num_batches=1000))) == len(batches)
+    assert len(list(pipeline.validation_batches(data, config, num_batches=1000))) == len(batches)

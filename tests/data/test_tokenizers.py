@@ -1,10 +1,13 @@
 """Tokenizers give back any text exactly, mean the same to every process, and survive what happens to a cache."""
 
+import json
+import pickle
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from absl import logging
 
 from moejax import config as config_lib
 from moejax.data import tokenizers
@@ -53,6 +56,16 @@ def test_end_of_text_and_ids_outside_the_vocabulary_decode_to_nothing_and_broken
     assert tokenizers.Bytes().decode([0xC3, ord("a")]) == "\ufffda"
 
 
+def test_there_are_no_sentinels_and_the_end_of_text_pads(tokenizer):
+    assert (tokenizer.num_sentinels, tokenizer.pad) == (0, tokenizer.end_of_text)
+
+
+def test_a_lone_surrogate_is_refused(tokenizer):
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["a", text])):
+        with pytest.raises(UnicodeEncodeError if tokenizer.name == "bytes" else TypeError):
+            encode("a \ud800 b")
+
+
 def test_bytes_are_the_utf8_bytes():
     assert tokenizers.Bytes().encode("aé") == [97, 0xC3, 0xA9]
     assert (tokenizers.Bytes().vocab_size, tokenizers.Bytes().end_of_text) == (257, 256)
@@ -67,11 +80,35 @@ def test_what_save_wrote_load_reads_back(tokenizer, tmp_path):
         tokenizer.vocab_size,
         tokenizer.end_of_text,
     )
-    assert loaded.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
+    for copy in (loaded, pickle.loads(pickle.dumps(tokenizer))):
+        assert copy.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
+        assert copy.digest == tokenizer.digest
+        assert copy == tokenizer
     assert [path.name for path in path.parent.iterdir()] == ["tokenizer.json"]  # nothing half-written is left
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": 3}'])
+def test_files_of_earlier_versions_load(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text('{"type": "bytes"}')
+    assert tokenizers.load(path) == tokenizers.Bytes()
+    bpe = tokenizers.Bpe.train(DOCUMENTS, 280)
+    assert {"model", "decoder"} <= set(json.loads(bpe.to_json()))  # was, and is, a tokenizer.json and nothing else
+    path.write_text(bpe.to_json())
+    assert tokenizers.load(path) == bpe
+
+
+def test_digests_differ_where_the_encoding_does():
+    built = [tokenizers.Bytes(), *(tokenizers.Bpe.train(DOCUMENTS, size) for size in (270, 280))]
+    assert len({tokenizer.digest for tokenizer in built}) == len(set(built)) == 3
+
+
+@pytest.mark.parametrize("name", ["", "gpt3", "bpe:file", "bytes:file"])
+def test_an_unknown_name_is_refused(name):
+    with pytest.raises(config_lib.ConfigError, match="choose bpe, bytes, gpt2"):
+        tokenizers.build(config_lib.DataConfig(tokenizer=name), DOCUMENTS)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": 3}', '{"type": "bytes", "more": ""}'])
 def test_load_refuses_what_is_no_tokenizer_in_one_line(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_text(content)
@@ -112,6 +149,26 @@ def test_bpe_is_read_from_the_cache_when_documents_and_size_are_the_same(cache_f
 
     monkeypatch.setattr(tokenizers.Bpe, "train", never)
     assert tokenizers.build(config, DOCUMENTS).encode_batch(TEXTS) == built.encode_batch(TEXTS)
+
+
+def test_bpe_learns_from_the_first_characters_and_reads_no_further(monkeypatch):
+    def documents():
+        yield from ("abab", "", "cdcd cdcd")
+        raise AssertionError("read on")
+
+    messages = []
+    monkeypatch.setattr(tokenizers, "MAX_CHARACTERS", 10)
+    monkeypatch.setattr(logging, "info", lambda *args: messages.append(args[0] % args[1:]))
+    config = config_lib.DataConfig(vocab_size=280)
+    built = tokenizers.build(config, documents())
+    assert messages == ["data.tokenizer=bpe learns from the first 10 characters, 3 documents"]
+    assert built == tokenizers.Bpe.train(["abab", "", "cdcd c"], 280)
+
+    messages.clear()
+    assert tokenizers.build(config, ["abab", "cdcd c"]) == built  # as many as there may be
+    assert not messages
+    tokenizers.build(config, ["abab", "cdcd c", "d"])
+    assert len(messages) == 1
 
 
 def test_a_corrupt_cache_file_is_built_again(cache_folder):

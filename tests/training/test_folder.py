@@ -9,7 +9,8 @@ from moejax.training import folder
 @pytest.mark.parametrize(
     ("path", "blocks"),
     [
-        ("model.d_model", True), ("model.moe.capacity_factor", True), ("data.source", True), ("data.seed", True),
+        ("model.d_model", True), ("model.moe.capacity_factor", True), ("data.source", False), ("data.packing", True),
+        ("data.text_field", True), ("data.seed", True),
         ("data.batch_size", True), ("training.seed", True), ("training.num_steps", False), ("mesh.data", False),
         ("optimizer.learning_rate", False), ("checkpoint.every", False), ("data.num_workers", False),
     ],

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from moejax import config as config_lib
-from moejax import partition
+from moejax import partition, rules
 from moejax.training import loss, state
 
 
@@ -36,7 +36,7 @@ def one_step(config: config_lib.Config):
 
 @functools.cache  # compiling is what takes the time here
 def _one_step(config: config_lib.Config):
-    config_lib.validate(config)
+    rules.validate(config)
     batch = make_batch(config)
     mesh = partition.make_mesh(config.mesh, jax.devices()[:1] if config.mesh.fsdp == -1 else None)
     partition.check_batch(config, mesh)

@@ -1,0 +1,251 @@
+"""A prepared folder: a corpus tokenised once, in ArrayRecord shards, and the manifest that says what they hold.
+
+    manifest.json                          what was prepared, with which tokenizer, and every shard with its digest
+    tokenizer.json                         the tokenizer itself
+    train-00000-of-00004.array_record      a record a document (form "documents") or a packed row (form "rows")
+    train-00000-of-00004.json              counts and digests of that shard; here once the shard is whole
+    train-00000-of-00004.sizes.npy         form "documents": int32 [documents, 2], tokens and bytes of each
+    validation-00000-of-00001...           the held-out documents, always a record a document
+
+A record is little-endian uint16, or uint32 where the vocabulary asks for it: the tokens of a document, or the streams
+of a row (`packing`) end to end, headed by their number and lengths as uint32.
+"""
+
+import bisect
+import dataclasses
+import itertools
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+
+from moejax import config as config_lib
+from moejax.data import cache, documents, packing, tokenizers
+
+VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+FORMS = ("documents", "rows")
+# What rows are made with; a folder of documents can be read with any of these.
+ROW_SETTINGS = ("packing", "seq_length", "objective", "noise_density", "mean_span_length", "seed")
+WRITER_OPTIONS = "group_size:1"  # every record can be read by itself
+_READER_OPTIONS = "readahead_buffer_size:0"  # for random access
+_HEADER = np.dtype("<u4")
+
+
+def dtype(vocab_size: int) -> np.dtype:
+    """Of the tokens in a record."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def shard_name(split: str, index: int, count: int) -> str:
+    """The name of a shard's files without their suffix."""
+    return f"{split}-{index:05d}-of-{count:05d}"
+
+
+def encode_row(streams: packing.Streams, token_type: np.dtype) -> bytes:
+    """A row's record."""
+    lengths = np.array([len(streams), *map(len, streams)], _HEADER)
+    return lengths.tobytes() + b"".join(stream.astype(token_type).tobytes() for stream in streams)
+
+
+def decode_row(record: bytes, token_type: np.dtype) -> packing.Streams:
+    """The inverse of `encode_row`."""
+    count = int(np.frombuffer(record, _HEADER, count=1)[0])
+    lengths = np.frombuffer(record, _HEADER, count=count, offset=_HEADER.itemsize)
+    tokens = np.frombuffer(record, token_type, offset=_HEADER.itemsize * (count + 1)).astype(np.int32)
+    return np.split(tokens, np.cumsum(lengths)[:-1]) if count else []
+
+
+class Records(Sequence[bytes]):
+    """The records of several ArrayRecord shards, by random access. Picklable, and safe to share between threads."""
+
+    def __init__(self, paths: Sequence[str], counts: Sequence[int]):
+        self._paths, self._ends = list(paths), list(itertools.accumulate(counts))
+        self._readers: dict[int, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_readers": {}}  # an open file does not travel to a worker process
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.read([range(len(self))[index]])[0]
+
+    def read(self, indices: Sequence[int]) -> list[bytes]:
+        """Many records at once, which is faster than one by one."""
+        places: dict[int, list[int]] = {}
+        shards = [bisect.bisect_right(self._ends, index) for index in indices]
+        for place, shard in enumerate(shards):
+            places.setdefault(shard, []).append(place)
+        found: list[bytes] = [b""] * len(indices)
+        for shard, members in places.items():
+            first = self._ends[shard - 1] if shard else 0
+            wanted = [int(indices[place]) - first for place in members]
+            for place, record in zip(members, self._read(shard, wanted), strict=True):
+                found[place] = record
+        return found
+
+    def _read(self, shard: int, wanted: list[int]) -> list[bytes]:
+        try:
+            if shard not in self._readers:
+                self._readers[shard] = array_record_module.ArrayRecordReader(self._paths[shard], _READER_OPTIONS)
+            return self._readers[shard].read(wanted)
+        except (RuntimeError, IndexError) as error:
+            numbers = f"record {wanted[0]}" if len(wanted) == 1 else f"one of the records {sorted(wanted)}"
+            raise config_lib.ConfigError(
+                f"data.source: {self._paths[shard]} is damaged at {numbers} ({' '.join(str(error).split())}); "
+                "delete the shard with its .json, and run moejax data prepare again"
+            ) from None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Documents(Sequence[np.ndarray]):
+    """The documents of a split, read from the folder; see `packing.Documents`."""
+
+    records: Records
+    token_type: np.dtype
+    lengths: np.ndarray  # int32, tokens of each
+    num_bytes: int
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return np.frombuffer(self.records[index], self.token_type).astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows that were packed when the folder was prepared; see `packing.Packer`."""
+
+    records: Records
+    token_type: np.dtype
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.records)
+
+    def read(self, rows: Sequence[int]) -> list[packing.Streams]:
+        return [decode_row(record, self.token_type) for record in self.records.read(rows)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A prepared folder that is whole."""
+
+    path: pathlib.Path
+    manifest: dict[str, Any]
+    tokenizer: tokenizers.Tokenizer
+
+    @property
+    def form(self) -> str:
+        """documents or rows."""
+        return self.manifest["form"]
+
+    @property
+    def digest(self) -> str:
+        """Of every token in it."""
+        return cache.digest([json.dumps(self.manifest, sort_keys=True)])
+
+    def total(self, split: str, key: str) -> int:
+        """Sum over the shards of a split: documents, tokens, bytes, blank or records."""
+        return sum(shard[key] for shard in self.manifest["splits"][split])
+
+    def stored(self, split: str) -> Documents:
+        """The documents of a split that has a record a document."""
+        sizes = [np.load(self.path / f"{shard['name']}.sizes.npy") for shard in self.manifest["splits"][split]]
+        return Documents(
+            self._records(split),
+            dtype(self.tokenizer.vocab_size),
+            np.concatenate([size[:, 0] for size in sizes]),
+            self.total(split, "bytes"),
+        )
+
+    def in_memory(self, split: str, limit: int) -> documents.InMemory:
+        """The first `limit` documents of a split (0: all), in memory."""
+        stored = self.stored(split)
+        count = min(limit or len(stored), len(stored))
+        sizes = [np.load(self.path / f"{shard['name']}.sizes.npy") for shard in self.manifest["splits"][split]]
+        return documents.InMemory(
+            tokens=np.concatenate([np.zeros(0, np.int32), *(stored[i] for i in range(count))]),
+            offsets=np.concatenate([[0], np.cumsum(stored.lengths[:count], dtype=np.int64)]),
+            num_bytes=int(np.concatenate(sizes)[:count, 1].sum(dtype=np.int64)),
+        )
+
+    def rows(self) -> Rows:
+        """The training rows of a folder of that form."""
+        return Rows(self._records("train"), dtype(self.tokenizer.vocab_size))
+
+    def _records(self, split: str) -> Records:
+        shards = self.manifest["splits"][split]
+        paths = [str(self.path / f"{shard['name']}.array_record") for shard in shards]
+        return Records(paths, [shard["records"] for shard in shards])
+
+
+def open_folder(path: pathlib.Path) -> Folder:
+    """Opens a prepared folder.
+
+    Raises:
+      config.ConfigError: it is none, or is not finished, or a shard is missing or has another size.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        tokenizer = tokenizers.load(path / TOKENIZER)
+    except FileNotFoundError as error:
+        what = "is not finished" if (path / TOKENIZER).exists() else "is no prepared folder"
+        raise config_lib.ConfigError(
+            f"data.source=prepared:{path} {what} ({error.filename} is missing); "
+            f"run moejax data prepare --output={path} to its end"
+        ) from None
+    except ValueError as error:
+        raise config_lib.ConfigError(
+            f"data.source=prepared:{path}: {MANIFEST} is damaged ({error}); delete it and run moejax data prepare again"
+        ) from None
+    if manifest.get("version") != VERSION:
+        raise config_lib.ConfigError(
+            f"data.source=prepared:{path} has version {manifest.get('version')} of the format, and this moejax reads "
+            f"{VERSION}; prepare it again"
+        )
+    for shard in itertools.chain.from_iterable(manifest["splits"].values()):
+        file = path / f"{shard['name']}.array_record"
+        size = file.stat().st_size if file.exists() else None
+        if size != shard["size"]:
+            found = "is missing" if size is None else f"has {size:,} bytes where the manifest says {shard['size']:,}"
+            raise config_lib.ConfigError(
+                f"data.source: {file} {found}; delete it with its .json, and run moejax data prepare again"
+            )
+    return Folder(path, manifest, tokenizer)
+
+
+def check_settings(folder: Folder, config: config_lib.DataConfig, run_tokenizer: tokenizers.Tokenizer | None) -> None:
+    """Refuses a folder that was made with another tokenizer than the config's, or than the one a run has saved; or
+    whose rows were packed in another way."""
+    made = folder.manifest["data"]
+    wanted = run_tokenizer
+    kind = config.tokenizer.partition(":")[0]
+    if wanted is None and kind in ("sentencepiece", "hf"):
+        wanted = tokenizers.build(config, ())
+    if wanted is not None:
+        same = wanted.digest == folder.tokenizer.digest
+    else:  # gpt2 and bytes are one each; bpe was trained on this corpus
+        same = kind == folder.tokenizer.name and (kind != "bpe" or config.vocab_size == made["vocab_size"])
+    if not same:
+        asked = f"{config.tokenizer} with {config.vocab_size} entries" if kind == "bpe" else config.tokenizer
+        whose = "the run's tokenizer" if run_tokenizer else "data.tokenizer"
+        raise config_lib.ConfigError(
+            f"data.source={config.source} was made with the tokenizer {made['tokenizer']} "
+            f"({folder.tokenizer.vocab_size} entries) and {whose} is {asked}; "
+            f"set data.tokenizer={made['tokenizer']}, or prepare the corpus with the other one"
+        )
+    if folder.form == "rows":
+        for name in ROW_SETTINGS:
+            if name != "seed" and getattr(config, name) != made[name]:
+                raise config_lib.ConfigError(
+                    f"data.{name}={getattr(config, name)} but the rows in {folder.path} were packed with "
+                    f"data.{name}={made[name]}; set it so, or prepare the corpus with --form=documents"
+                )

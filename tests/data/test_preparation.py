@@ -1,0 +1,341 @@
+"""A prepared folder holds the corpus token for token, whoever made it and however often they were killed."""
+
+import copy
+import hashlib
+import json
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from moejax import config as config_lib
+from moejax.data import packing, pipeline, preparation, prepared, tokenizers
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+PACKINGS = ["best_fit", "concatenate", "sample", "pad"]
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """Two hundred documents in JSON lines, three of them blank, and twenty held out."""
+    monkeypatch.setenv("MOEJAX_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 200), ("validation", 20)):
+        words = [" ".join(rng.choice(["cat", "é", "rain", "sea"], size=rng.integers(1, 30))) for _ in range(count)]
+        texts = [text if i not in (3, 50, 199) else " \n" for i, text in enumerate(words)]
+        lines = [json.dumps({"text": text}) for text in texts]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    return config_lib.DataConfig(
+        source=f"files:{tmp_path / 'train.jsonl'}",
+        validation_source=f"files:{tmp_path / 'validation.jsonl'}",
+        tokenizer="bytes",
+        seq_length=32,
+        batch_size=4,
+    )
+
+
+def from_folder(config, folder):
+    changed = copy.copy(config)
+    changed.source, changed.validation_source = f"prepared:{folder}", ""
+    return changed
+
+
+def contents(folder):
+    """The bytes of every file, hidden ones too."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def assert_same_batches(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key])
+
+
+# --- what it holds -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing_name", PACKINGS)
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_training_reads_the_same_rows_from_the_folder_as_from_the_source(config, tmp_path, packing_name, tokenizer):
+    config.packing, config.tokenizer, config.vocab_size = packing_name, tokenizer, 270
+    preparation.prepare(config, tmp_path / "made", num_shards=3)
+    there = from_folder(config, tmp_path / "made")
+    data, read = pipeline.load(config), pipeline.load(there)
+    assert (read.num_documents, len(read.validation), read.num_left_out) == (197, 19, 4)
+    np.testing.assert_array_equal(read.validation.tokens, data.validation.tokens)
+    assert read.validation.num_bytes == data.validation.num_bytes
+    a, b = pipeline.TrainBatches(data, config), pipeline.TrainBatches(read, there)
+    if packing_name in ("sample", "pad"):  # there a blank document is still counted, and so the draws differ
+        texts = pipeline.open_texts(config)
+        kept = [index for index, text in enumerate(texts.train) if text.strip()]
+        documents = [np.array(data.tokenizer.encode(texts.train[index]), np.int32) for index in kept]
+        assert [tokens.tolist() for tokens in read.train.documents] == [tokens.tolist() for tokens in documents]
+    else:
+        assert read.num_tokens == data.num_tokens
+        for step in (0, 1, 30):
+            assert_same_batches(a[step], b[step])
+
+
+@pytest.mark.parametrize("packing_name", ["best_fit", "concatenate", "pad"])
+def test_rows_packed_beforehand_are_those_that_training_would_pack(config, tmp_path, packing_name):
+    config.packing = packing_name
+    preparation.prepare(config, tmp_path / "documents")
+    preparation.prepare(config, tmp_path / "rows", form="rows")
+    settings = [from_folder(config, tmp_path / name) for name in ("documents", "rows")]
+    datas = [pipeline.load(c) for c in settings]
+    assert datas[0].train.num_rows == datas[1].train.num_rows
+    batches = [pipeline.TrainBatches(data, c) for data, c in zip(datas, settings, strict=True)]
+    for step in (0, 7, 100):
+        assert_same_batches(batches[0][step], batches[1][step])
+
+
+def test_every_token_of_rows_in_several_shards_is_there_once(config, tmp_path):
+    config.packing = "concatenate"
+    preparation.prepare(config, tmp_path / "rows", form="rows", num_shards=3)
+    data = pipeline.load(from_folder(config, tmp_path / "rows"))
+    rows = data.train.read(range(data.train.num_rows))
+    found = sorted(token for streams in rows for stream in streams for token in stream[1:].tolist())
+    expected = [[*tokens.tolist(), 256] for tokens in pipeline.load(config).train.documents]
+    assert found == sorted(token for tokens in expected for token in tokens)
+
+
+def test_rows_for_span_corruption_are_read_as_they_were_packed(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizers.Bytes, "num_sentinels", 100, raising=False)
+    monkeypatch.setattr(tokenizers.Bytes, "first_sentinel", 356, raising=False)
+    config.packing, config.objective = "concatenate", "span_corruption"
+    preparation.prepare(config, tmp_path / "rows", form="rows")
+    there = from_folder(config, tmp_path / "rows")
+    a = pipeline.TrainBatches(pipeline.load(config), config)[3]
+    b = pipeline.TrainBatches(pipeline.load(there), there)[3]
+    assert_same_batches(a, b)
+    assert "encoder_inputs_BL" in a
+
+
+@pytest.mark.parametrize(("vocab_size", "name"), [(257, "<u2"), (2**16, "<u2"), (2**16 + 1, "<u4")])
+def test_records_take_two_bytes_a_token_where_the_vocabulary_allows(vocab_size, name):
+    token_type = prepared.dtype(vocab_size)
+    assert token_type == np.dtype(name)
+    for streams in ([], [[0, vocab_size - 1]], [[1], [], [2, 3, 4]]):
+        row = [np.array(stream, np.int32) for stream in streams]
+        decoded = prepared.decode_row(prepared.encode_row(row, token_type), token_type)
+        assert [stream.tolist() for stream in decoded] == streams
+
+
+def test_the_manifest_counts_what_is_there_and_its_digests_are_those_of_the_files(config, tmp_path):
+    outcome = preparation.prepare(config, tmp_path / "made", num_shards=4)
+    manifest = json.loads((tmp_path / "made" / "manifest.json").read_text())
+    assert manifest == outcome.manifest
+    shards = manifest["splits"]["train"]
+    assert [shard["name"] for shard in shards] == [f"train-{i:05d}-of-00004" for i in range(4)]
+    assert [shard["documents"] + shard["blank"] for shard in shards] == [50] * 4
+    assert sum(shard["blank"] for shard in shards) == 3
+    assert sum(shard["tokens"] for shard in shards) == sum(shard["bytes"] for shard in shards)  # bytes are the tokens
+    for shard in shards:
+        data = (tmp_path / "made" / f"{shard['name']}.array_record").read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (shard["size"], shard["sha256"])
+
+
+# --- many processes, and killed ones -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", prepared.FORMS)
+def test_processes_that_make_a_part_each_end_with_the_same_bytes_as_one(config, tmp_path, form):
+    config.packing = "concatenate"
+    preparation.prepare(config, tmp_path / "one", form=form, num_shards=5)
+    for place in (2, 0, 1):
+        outcome = preparation.prepare(config, tmp_path / "three", form=form, num_shards=5, part=(place, 3))
+        assert (outcome.manifest is None) == (place != 1)
+        assert len(outcome.made) == 2
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+
+
+# Every document takes a while, so that a kill hits the writing and not the imports.
+SLOW = """
+import pathlib, sys, time
+from moejax import config
+from moejax.data import preparation
+real = preparation._tokenised
+def slow(*arguments):
+    for document in real(*arguments):
+        time.sleep(0.002)
+        yield document
+preparation._tokenised = slow
+c = config.DataConfig(source=sys.argv[1], validation_source=sys.argv[2], tokenizer="bytes")
+pathlib.Path(sys.argv[4]).touch()
+preparation.prepare(c, pathlib.Path(sys.argv[3]), num_shards=5)
+"""
+
+
+def test_a_preparation_killed_at_random_times_ends_with_the_same_bytes(config, tmp_path):
+    preparation.prepare(config, tmp_path / "straight", num_shards=5)
+    folder, ready = tmp_path / "killed", tmp_path / "ready"
+    command = [sys.executable, "-c", SLOW, config.source, config.validation_source, str(folder), str(ready)]
+    rng = random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+        while not ready.exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.02, 0.2))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        ready.unlink()
+    assert not (folder / "manifest.json").exists()  # the kills came before the end
+    assert any(folder.iterdir())
+    for left in (".plan.json.0", ".train-00001-of-00005.json.0"):  # what a kill during a smaller write leaves
+        (folder / left).write_text("{")
+    preparation.prepare(config, folder, num_shards=5)
+    assert contents(folder) == contents(tmp_path / "straight")
+
+
+def test_a_call_on_a_finished_folder_changes_nothing(config, tmp_path):
+    preparation.prepare(config, tmp_path / "made", num_shards=2)
+    before = contents(tmp_path / "made")
+    outcome = preparation.prepare(config, tmp_path / "made", num_shards=2)
+    assert outcome.made == ()
+    assert contents(tmp_path / "made") == before
+
+
+def test_a_source_that_breaks_half_way_leaves_the_whole_shards_and_no_other(config, tmp_path):
+    good = pathlib.Path(config.source.removeprefix("files:"))
+    lines = good.read_text().split("\n")
+    lines[150] = "{}"
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "train.jsonl").write_text("\n".join(lines))
+    config.source = f"files:{bad / 'train.jsonl'}"
+    with pytest.raises(config_lib.ConfigError, match=r"train\.jsonl.* 151 "):
+        preparation.prepare(config, tmp_path / "made", num_shards=4)
+    names = set(contents(tmp_path / "made"))
+    whole = {f"train-{i:05d}-of-00004{suffix}" for i in range(3) for suffix in (".array_record", ".json", ".sizes.npy")}
+    assert names == whole | {"plan.json", "tokenizer.json"}
+
+
+def test_a_shard_that_was_cut_is_made_again(config, tmp_path):
+    preparation.prepare(config, tmp_path / "made", num_shards=2)
+    before = contents(tmp_path / "made")
+    shard = tmp_path / "made" / "train-00001-of-00002.array_record"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(config_lib.ConfigError, match=r"train-00001-of-00002\.array_record has .* bytes where"):
+        prepared.open_folder(tmp_path / "made")
+    assert preparation.prepare(config, tmp_path / "made", num_shards=2).made == ("train-00001-of-00002",)
+    assert contents(tmp_path / "made") == before
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"num_shards": 3}, "num_shards=2 and now num_shards=3"),
+        ({"form": "rows"}, "form=documents and now form=rows"),
+        ({"tokenizer": "bpe"}, "tokenizer.name=bytes and now tokenizer.name=bpe"),
+        ({"validation_documents": 2}, "corpus="),
+    ],
+)
+def test_a_folder_begun_with_other_settings_is_refused_and_stays_as_it_is(config, tmp_path, change, found):
+    preparation.prepare(config, tmp_path / "made", num_shards=2)
+    before = contents(tmp_path / "made")
+    arguments = {"num_shards": 2, "form": "documents"}
+    for name, value in change.items():
+        if name in arguments:
+            arguments[name] = value
+        else:
+            setattr(config, name, value)
+    with pytest.raises(config_lib.ConfigError) as error:
+        preparation.prepare(config, tmp_path / "made", **arguments)
+    assert f"--output={tmp_path / 'made'} was begun with" in str(error.value)
+    assert found in str(error.value)
+    assert contents(tmp_path / "made") == before
+
+
+def test_a_folder_of_other_files_and_more_shards_than_documents_are_refused(config, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(config_lib.ConfigError, match="holds other files"):
+        preparation.prepare(config, tmp_path / "mine")
+    with pytest.raises(config_lib.ConfigError, match="--num_shards=201 is more than the 200 documents"):
+        preparation.prepare(config, tmp_path / "made", num_shards=201)
+    config.packing = "sample"
+    with pytest.raises(config_lib.ConfigError, match=r"--form=rows cannot hold data\.packing=sample"):
+        preparation.prepare(config, tmp_path / "made", form="rows")
+    assert not (tmp_path / "made").exists()
+
+
+def refusal(config, folder):
+    with pytest.raises(config_lib.ConfigError) as error:
+        pipeline.load(from_folder(config, folder))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_folder_that_is_none_or_not_finished_is_refused(config, tmp_path):
+    assert "is no prepared folder" in refusal(config, tmp_path / "absent")
+    preparation.prepare(config, tmp_path / "made", num_shards=3, part=(0, 2))
+    assert "is not finished" in refusal(config, tmp_path / "made")
+    preparation.prepare(config, tmp_path / "made", num_shards=3)
+    (tmp_path / "made" / "train-00001-of-00003.array_record").unlink()
+    assert "train-00001-of-00003.array_record is missing" in refusal(config, tmp_path / "made")
+    (tmp_path / "made" / "manifest.json").write_text("{")
+    assert "manifest.json is damaged" in refusal(config, tmp_path / "made")
+
+
+def test_a_folder_made_with_another_tokenizer_is_refused_and_both_are_named(config, tmp_path):
+    preparation.prepare(config, tmp_path / "bytes")
+    message = refusal(dataclass_with(config, tokenizer="bpe", vocab_size=300), tmp_path / "bytes")
+    assert "made with the tokenizer bytes (257 entries) and data.tokenizer is bpe with 300 entries" in message
+    bpe = dataclass_with(config, tokenizer="bpe", vocab_size=270)
+    preparation.prepare(bpe, tmp_path / "bpe")
+    assert "tokenizer bpe (270 entries) and data.tokenizer is bpe with 280" in refusal(
+        dataclass_with(bpe, vocab_size=280), tmp_path / "bpe"
+    )
+    with pytest.raises(config_lib.ConfigError, match=r"tokenizer bpe .* and the run's tokenizer is"):
+        pipeline.load(from_folder(bpe, tmp_path / "bpe"), tokenizers.Bytes())
+    assert pipeline.load(from_folder(bpe, tmp_path / "bpe")).tokenizer.vocab_size == 270
+
+
+def test_rows_packed_in_another_way_are_refused(config, tmp_path):
+    config.packing = "concatenate"
+    preparation.prepare(config, tmp_path / "rows", form="rows")
+    for name, value in (("packing", "pad"), ("seq_length", 64)):
+        message = refusal(dataclass_with(config, **{name: value}), tmp_path / "rows")
+        assert f"data.{name}={value} but the rows in {tmp_path / 'rows'} were packed with" in message
+    assert pipeline.load(from_folder(dataclass_with(config, seed=7), tmp_path / "rows")).num_documents == 197
+
+
+def test_a_flipped_bit_is_refused_with_the_file_when_the_record_is_read(config, tmp_path):
+    preparation.prepare(config, tmp_path / "made")
+    path = tmp_path / "made" / "train-00000-of-00001.array_record"
+    raw = bytearray(path.read_bytes())
+    raw[3000] ^= 1
+    path.write_bytes(raw)
+    data = pipeline.load(from_folder(config, tmp_path / "made"))
+    with pytest.raises(config_lib.ConfigError, match=r"train-00000-of-00001\.array_record is damaged at record"):
+        list(data.train.documents)
+
+
+def test_the_folder_may_move_and_rows_are_read_by_many_threads_and_after_pickling(config, tmp_path):
+    preparation.prepare(config, tmp_path / "made", num_shards=4)
+    shutil.move(tmp_path / "made", tmp_path / "moved")
+    there = from_folder(config, tmp_path / "moved")
+    data = pipeline.load(there)
+    assert isinstance(data.train, packing.BestFit)
+    expected = pipeline.TrainBatches(data, there)[0]
+    assert_same_batches(next(pipeline.train_batches(data, there)), expected)
+    there.num_workers = 1
+    batches = pipeline.train_batches(data, there)
+    assert_same_batches(next(batches), expected)
+    batches.close()
+
+
+def dataclass_with(config, **changes):
+    changed = copy.copy(config)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return changed
