@@ -8,7 +8,6 @@ the state of the pipeline is the step. A batch is a dict of arrays of shape [B, 
 import dataclasses
 import functools
 import hashlib
-import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -97,7 +96,7 @@ def load(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenizer | None =
 
 
 def _load_prepared(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenizer | None) -> Data:
-    folder = prepared.open_folder(pathlib.Path(config.source.removeprefix("prepared:")).expanduser())
+    folder = prepared.open_folder(config.source.removeprefix("prepared:"))
     prepared.check_settings(folder, config, tokenizer)
     objective = make_objective(config, folder.tokenizer)
     if folder.form == "rows":

@@ -13,6 +13,7 @@ of a row (`packing`) end to end, headed by their number and lengths as uint32.
 
 import bisect
 import dataclasses
+import io
 import itertools
 import json
 import pathlib
@@ -20,10 +21,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
 from moejax import config as config_lib
-from moejax.data import cache, documents, packing, tokenizers
+from moejax.data import cache, documents, packing, records, storage, tokenizers
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -32,8 +32,8 @@ FORMS = ("documents", "rows")
 # What rows are made with; a folder of documents can be read with any of these.
 ROW_SETTINGS = ("packing", "seq_length", "objective", "noise_density", "mean_span_length", "seed")
 WRITER_OPTIONS = "group_size:1"  # every record can be read by itself
-_READER_OPTIONS = "readahead_buffer_size:0"  # for random access
 _HEADER = np.dtype("<u4")
+_AGAIN = "delete it with its .json, and run moejax data prepare again"
 
 
 def dtype(vocab_size: int) -> np.dtype:
@@ -60,18 +60,15 @@ def decode_row(record: bytes, token_type: np.dtype) -> packing.Streams:
     return np.split(tokens, np.cumsum(lengths)[:-1]) if count else []
 
 
+@dataclasses.dataclass(frozen=True)
 class Records(Sequence[bytes]):
     """The records of several ArrayRecord shards, by random access. Picklable, and safe to share between threads."""
 
-    def __init__(self, paths: Sequence[str], counts: Sequence[int]):
-        self._paths, self._ends = list(paths), list(itertools.accumulate(counts))
-        self._readers: dict[int, Any] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_readers": {}}  # an open file does not travel to a worker process
+    files: tuple[storage.File, ...]
+    ends: tuple[int, ...]  # records up to and with each file
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, index: int) -> bytes:
         return self.read([range(len(self))[index]])[0]
@@ -79,28 +76,24 @@ class Records(Sequence[bytes]):
     def read(self, indices: Sequence[int]) -> list[bytes]:
         """Many records at once, which is faster than one by one."""
         places: dict[int, list[int]] = {}
-        shards = [bisect.bisect_right(self._ends, index) for index in indices]
-        for place, shard in enumerate(shards):
-            places.setdefault(shard, []).append(place)
+        for place, index in enumerate(indices):
+            places.setdefault(bisect.bisect_right(self.ends, index), []).append(place)
         found: list[bytes] = [b""] * len(indices)
         for shard, members in places.items():
-            first = self._ends[shard - 1] if shard else 0
+            first = self.ends[shard - 1] if shard else 0
             wanted = [int(indices[place]) - first for place in members]
             for place, record in zip(members, self._read(shard, wanted), strict=True):
                 found[place] = record
         return found
 
     def _read(self, shard: int, wanted: list[int]) -> list[bytes]:
+        file = self.files[shard]
         try:
-            if shard not in self._readers:
-                self._readers[shard] = array_record_module.ArrayRecordReader(self._paths[shard], _READER_OPTIONS)
-            return self._readers[shard].read(wanted)
+            return records.array_record_reader(file).read(wanted)
         except (RuntimeError, IndexError) as error:
             numbers = f"record {wanted[0]}" if len(wanted) == 1 else f"one of the records {sorted(wanted)}"
-            raise config_lib.ConfigError(
-                f"data.source: {self._paths[shard]} is damaged at {numbers} ({' '.join(str(error).split())}); "
-                "delete the shard with its .json, and run moejax data prepare again"
-            ) from None
+            what = f"is damaged at {numbers} ({storage.one_line(error)})"
+            raise storage.refusal(file, what, _AGAIN) from None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,7 +103,7 @@ class Documents(Sequence[np.ndarray]):
     records: Records
     token_type: np.dtype
     lengths: np.ndarray  # int32, tokens of each
-    num_bytes: int
+    num_bytes: np.ndarray  # int32, of the text of each
 
     def __len__(self) -> int:
         return len(self.records)
@@ -138,9 +131,10 @@ class Rows:
 class Folder:
     """A prepared folder that is whole."""
 
-    path: pathlib.Path
+    path: str
     manifest: dict[str, Any]
     tokenizer: tokenizers.Tokenizer
+    files: dict[str, storage.File]  # in it, by name
 
     @property
     def form(self) -> str:
@@ -150,7 +144,8 @@ class Folder:
     @property
     def digest(self) -> str:
         """Of every token in it."""
-        return cache.digest([json.dumps(self.manifest, sort_keys=True)])
+        what = [self.manifest[name] for name in ("form", "tokenizer", "splits")]
+        return cache.digest([json.dumps(what, sort_keys=True)])
 
     def total(self, split: str, key: str) -> int:
         """Sum over the shards of a split: documents, tokens, bytes, blank or records."""
@@ -158,23 +153,19 @@ class Folder:
 
     def stored(self, split: str) -> Documents:
         """The documents of a split that has a record a document."""
-        sizes = [np.load(self.path / f"{shard['name']}.sizes.npy") for shard in self.manifest["splits"][split]]
-        return Documents(
-            self._records(split),
-            dtype(self.tokenizer.vocab_size),
-            np.concatenate([size[:, 0] for size in sizes]),
-            self.total(split, "bytes"),
-        )
+        shards = self.manifest["splits"][split]
+        sizes = [_array(self.files[f"{shard['name']}.sizes.npy"]) for shard in shards]
+        lengths, num_bytes = np.concatenate(sizes).T
+        return Documents(self._records(split), dtype(self.tokenizer.vocab_size), lengths.copy(), num_bytes.copy())
 
     def in_memory(self, split: str, limit: int) -> documents.InMemory:
         """The first `limit` documents of a split (0: all), in memory."""
         stored = self.stored(split)
         count = min(limit or len(stored), len(stored))
-        sizes = [np.load(self.path / f"{shard['name']}.sizes.npy") for shard in self.manifest["splits"][split]]
         return documents.InMemory(
             tokens=np.concatenate([np.zeros(0, np.int32), *(stored[i] for i in range(count))]),
             offsets=np.concatenate([[0], np.cumsum(stored.lengths[:count], dtype=np.int64)]),
-            num_bytes=int(np.concatenate(sizes)[:count, 1].sum(dtype=np.int64)),
+            num_bytes=int(stored.num_bytes[:count].sum(dtype=np.int64)),
         )
 
     def rows(self) -> Rows:
@@ -183,25 +174,26 @@ class Folder:
 
     def _records(self, split: str) -> Records:
         shards = self.manifest["splits"][split]
-        paths = [str(self.path / f"{shard['name']}.array_record") for shard in shards]
-        return Records(paths, [shard["records"] for shard in shards])
+        files = tuple(self.files[f"{shard['name']}.array_record"] for shard in shards)
+        return Records(files, tuple(itertools.accumulate(shard["records"] for shard in shards)))
 
 
-def open_folder(path: pathlib.Path) -> Folder:
-    """Opens a prepared folder.
+def open_folder(path: str) -> Folder:
+    """Opens a prepared folder, local or remote.
 
     Raises:
-      config.ConfigError: it is none, or is not finished, or a shard is missing or has another size.
+      config.ConfigError: it is none, or is not finished, or a file is missing or has another size.
     """
+    there = {file.name: file for file in storage.contents(path)[1]}
+    for name in (TOKENIZER, MANIFEST):
+        if name not in there:
+            what = "is not finished" if TOKENIZER in there else "is no prepared folder"
+            raise config_lib.ConfigError(
+                f"data.source=prepared:{path} {what} ({name} is missing); "
+                f"run moejax data prepare --output={path} to its end"
+            )
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        tokenizer = tokenizers.load(path / TOKENIZER)
-    except FileNotFoundError as error:
-        what = "is not finished" if (path / TOKENIZER).exists() else "is no prepared folder"
-        raise config_lib.ConfigError(
-            f"data.source=prepared:{path} {what} ({error.filename} is missing); "
-            f"run moejax data prepare --output={path} to its end"
-        ) from None
+        manifest = json.loads(storage.read(there[MANIFEST], 0, there[MANIFEST].size))
     except ValueError as error:
         raise config_lib.ConfigError(
             f"data.source=prepared:{path}: {MANIFEST} is damaged ({error}); delete it and run moejax data prepare again"
@@ -211,15 +203,28 @@ def open_folder(path: pathlib.Path) -> Folder:
             f"data.source=prepared:{path} has version {manifest.get('version')} of the format, and this moejax reads "
             f"{VERSION}; prepare it again"
         )
-    for shard in itertools.chain.from_iterable(manifest["splits"].values()):
-        file = path / f"{shard['name']}.array_record"
-        size = file.stat().st_size if file.exists() else None
-        if size != shard["size"]:
-            found = "is missing" if size is None else f"has {size:,} bytes where the manifest says {shard['size']:,}"
-            raise config_lib.ConfigError(
-                f"data.source: {file} {found}; delete it with its .json, and run moejax data prepare again"
-            )
-    return Folder(path, manifest, tokenizer)
+    for split, shards in manifest["splits"].items():
+        for shard in shards:
+            _check(path, there, f"{shard['name']}.array_record", shard["size"])
+            if split != "train" or manifest["form"] == "documents":
+                _check(path, there, f"{shard['name']}.sizes.npy")
+    local = there[TOKENIZER] if there[TOKENIZER].is_local else storage.local_copy(there[TOKENIZER])
+    return Folder(path, manifest, tokenizers.load(pathlib.Path(local.path)), there)
+
+
+def _check(path: str, there: dict[str, storage.File], name: str, size: int | None = None) -> None:
+    if name not in there:
+        raise config_lib.ConfigError(f"data.source=prepared:{path}: {name} is missing; run moejax data prepare again")
+    if size is not None and there[name].size != size:
+        what = f"has {there[name].size:,} bytes where the manifest says {size:,}"
+        raise storage.refusal(there[name], what, _AGAIN)
+
+
+def _array(file: storage.File) -> np.ndarray:
+    try:
+        return np.load(io.BytesIO(storage.read(file, 0, file.size)), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise storage.refusal(file, f"is damaged ({storage.one_line(error)})", _AGAIN) from None
 
 
 def check_settings(folder: Folder, config: config_lib.DataConfig, run_tokenizer: tokenizers.Tokenizer | None) -> None:

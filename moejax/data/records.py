@@ -75,11 +75,7 @@ def example_text(file: storage.File, i: int, record: bytes, text_field: str) -> 
 
 
 class ArrayRecord:
-    """An ArrayRecord file, whose records have an index of their own at its end.
-
-    https://github.com/google/array_record. A remote file is read in place on gs://, which the library can do, else
-    from a copy in the cache folder.
-    """
+    """An ArrayRecord file of Examples; see `array_record_reader`."""
 
     num_skipped = 0
 
@@ -87,23 +83,30 @@ class ArrayRecord:
         """Raises config.ConfigError if the file is cut short, or is no ArrayRecord file."""
         self.file = file
         self._text_field = text_field
-        in_place = file.is_local or file.path.startswith("gs://")
-        self._readable = file if in_place else storage.local_copy(file)
-        self._num_records = _array_record_reader(file, self._readable).num_records()
+        self._num_records = array_record_reader(file).num_records()
 
     def __len__(self) -> int:
         return self._num_records
 
     def text(self, i: int) -> str:
         try:
-            record = _array_record_reader(self.file, self._readable).read([i])[0]
+            record = array_record_reader(self.file).read([i])[0]
         except (RuntimeError, IndexError) as error:
             raise storage.refusal(self.file, f"record {i} is damaged ({storage.one_line(error)})") from None
         return example_text(self.file, i, record, self._text_field)
 
 
 @functools.lru_cache(maxsize=storage.MAX_OPEN)
-def _array_record_reader(file: storage.File, readable: storage.File) -> array_record_module.ArrayRecordReader:
+def array_record_reader(file: storage.File) -> array_record_module.ArrayRecordReader:
+    """The library's reader of an ArrayRecord file (https://github.com/google/array_record), for any thread.
+
+    The records have an index of their own at the file's end. A remote file is read in place on gs://, which the library
+    can do, else from a copy in the cache folder.
+
+    Raises:
+      config.ConfigError: the file is cut short, or is no ArrayRecord file.
+    """
+    readable = file if file.is_local or file.path.startswith("gs://") else storage.local_copy(file)
     # Reading ahead would fetch megabytes for every record read at random.
     options = "readahead_buffer_size:0"
     reader = array_record_module.ArrayRecordReader(readable.path, options=options, file_reader_buffer_size=2**15)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -115,6 +116,18 @@ def test_rows_for_span_corruption_are_read_as_they_were_packed(config, tmp_path,
     b = pipeline.TrainBatches(pipeline.load(there), there)[3]
     assert_same_batches(a, b)
     assert "encoder_inputs_BL" in a
+
+
+def test_a_folder_on_a_remote_file_system_is_read_like_a_local_one(config, tmp_path):
+    preparation.prepare(config, tmp_path / "made", num_shards=2)
+    remote = fsspec.filesystem("memory")
+    remote.put(str(tmp_path / "made"), "/bucket/made", recursive=True)
+    local, there = from_folder(config, tmp_path / "made"), from_folder(config, "memory://bucket/made")
+    a, b = (pipeline.TrainBatches(pipeline.load(c), c) for c in (local, there))
+    for step in (0, 9):
+        assert_same_batches(a[step], b[step])
+    remote.rm("/bucket/made/train-00001-of-00002.sizes.npy")
+    assert "train-00001-of-00002.sizes.npy is missing" in refusal(config, "memory://bucket/made")
 
 
 @pytest.mark.parametrize(("vocab_size", "name"), [(257, "<u2"), (2**16, "<u2"), (2**16 + 1, "<u4")])
@@ -222,7 +235,7 @@ def test_a_shard_that_was_cut_is_made_again(config, tmp_path):
     shard = tmp_path / "made" / "train-00001-of-00002.array_record"
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(config_lib.ConfigError, match=r"train-00001-of-00002\.array_record has .* bytes where"):
-        prepared.open_folder(tmp_path / "made")
+        prepared.open_folder(str(tmp_path / "made"))
     assert preparation.prepare(config, tmp_path / "made", num_shards=2).made == ("train-00001-of-00002",)
     assert contents(tmp_path / "made") == before
 
