@@ -29,6 +29,7 @@ class Corpus(Sequence[str]):
 
     documents: tuple[str, ...]
     num_skipped: int  # entries left out: blank documents, or source files that can't be read or parsed
+    paths = frozenset[str]()
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -60,6 +61,11 @@ class Subset(Sequence[str]):
 
     def __getitem__(self, index: int) -> str:
         return self.source[int(self.indices[index])]
+
+    @property
+    def paths(self) -> frozenset[str]:
+        """Of the whole source."""
+        return self.source.paths
 
     @property
     def num_bytes(self) -> int:

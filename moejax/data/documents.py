@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from moejax.data import packing, sources, tokenizers
+from moejax.data import sources, tokenizers
 
 _CHUNK = 1024  # texts a call of the tokenizer, which spreads them over its threads
 
@@ -83,21 +83,4 @@ def tokenize(texts: Iterable[str], tokenizer: tokenizers.Tokenizer) -> InMemory:
         offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
         num_bytes=num_bytes,
         num_blank=num_blank,
-    )
-
-
-def head(documents: packing.Documents, max_tokens: int) -> InMemory:
-    """The first documents, in memory: as many as hold `max_tokens` tokens, and at least one."""
-    found, count = [], 0
-    for index in range(len(documents)):
-        tokens = documents[index]
-        if len(tokens):
-            found.append(tokens)
-            count += len(tokens)
-        if count >= max_tokens:
-            break
-    return InMemory(
-        tokens=np.concatenate([np.zeros(0, np.int32), *found]),
-        offsets=np.concatenate([[0], np.cumsum([len(tokens) for tokens in found], dtype=np.int64)]),
-        num_bytes=0,
     )

@@ -26,8 +26,9 @@ class Summary:
     counted: float  # share of the target slots that count in the loss
     parts_per_row: float  # parts of documents
     documents: int  # to train on
-    documents_seen: int  # of those looked at
-    blank: int  # of those looked at
+    documents_seen: int  # looked at; where rows were packed beforehand, parts of documents
+    blank: int  # left out, blank or unreadable; on the fly, of those looked at
+    cut: float  # share of the tokens of those looked at that packing=pad never reads
     repeated: float  # share of those looked at whose tokens are those of an earlier one
     tokens_per_document: dict[str, float]  # mean, p10, p50, p90, max
     histogram: list[tuple[int, int]]  # (fewest tokens, documents) of lengths from a power of two to below the next
@@ -58,6 +59,8 @@ def summarise(data: pipeline.Data, config: config_lib.DataConfig) -> Summary:
     lengths = np.array([len(tokens) for tokens in looked_at])
     texts = [hashlib.blake2b(tokens.tobytes(), digest_size=16).digest() for tokens in looked_at if len(tokens)]
     positive = lengths[lengths > 0]
+    units = positive + data.objective.overlap
+    beyond = np.maximum(units - data.objective.num_units, 0).sum() if isinstance(data.train, packing.Pad) else 0
     bins = np.bincount(np.log2(positive).astype(int)) if len(positive) else np.zeros(0, int)
     return Summary(
         rows=num_rows,
@@ -67,7 +70,8 @@ def summarise(data: pipeline.Data, config: config_lib.DataConfig) -> Summary:
         parts_per_row=len(parts) / max(num_rows, 1),
         documents=data.num_documents,
         documents_seen=len(looked_at),
-        blank=int((lengths == 0).sum()),
+        blank=int((lengths == 0).sum()) if data.num_left_out is None else data.num_left_out,
+        cut=float(beyond / max(units.sum(), 1)),
         repeated=1 - len(set(texts)) / max(len(texts), 1),
         tokens_per_document=_quantiles(positive),
         histogram=[(2**power, int(count)) for power, count in enumerate(bins) if count],
@@ -92,7 +96,8 @@ def show_summary(summary: Summary) -> str:
         f"rows: {summary.rows:,} looked at, {summary.tokens_per_row:.1f} tokens each in {summary.parts_per_row:.2f} "
         f"parts of documents; {summary.padding:.1%} padding; {summary.counted:.1%} of the targets count",
         f"documents: {summary.documents:,} to train on, {summary.documents_seen:,} looked at; {summary.blank:,} blank; "
-        f"{summary.repeated:.1%} repeat an earlier one",
+        f"{summary.repeated:.1%} repeat an earlier one"
+        + (f"; {summary.cut:.1%} of the tokens are beyond a row and never read" if summary.cut else ""),
     ]
     if of:
         lines.append("tokens a document: " + ", ".join(f"{name} {value:,.0f}" for name, value in of.items()))

@@ -19,6 +19,8 @@ import numpy as np
 from moejax import config as config_lib
 from moejax.data import corruption, randomness
 
+MAX_BLANK = 4096  # blank documents that `Sample` draws for a row before it gives up
+
 Piece = tuple[int, int, int]  # (document, first unit, last unit + 1)
 Streams = list[np.ndarray]  # of int32 tokens: a row's parts of documents, from its first slot on
 Arrays = dict[str, np.ndarray]
@@ -244,9 +246,9 @@ class Sample:
         while total - longest <= num_units:
             if draw == len(bits):
                 bits = randomness.bits(self.seed, "sample", row, max(32, 2 * draw))
-                if draw >= 2**16 * num_units:
+                if draw >= MAX_BLANK and not wholes:
                     raise config_lib.ConfigError(
-                        f"data.source: {draw} documents were drawn and hold {total} tokens; give documents with text"
+                        f"data.source: {draw} documents drawn at random are all blank; give documents with text"
                     )
             index = randomness.below(bits[draw : draw + 1], len(self.documents))[0]
             draw += 1

@@ -21,6 +21,8 @@ from moejax.data import cache, corpora, corruption, documents, packing, prepared
 Batch = packing.Arrays
 
 MAX_IN_MEMORY = 2**31  # bytes of files whose documents may all be read, or tokenised, before the first step
+ON_THE_FLY = 2**25  # bytes of files from which on rows that need no lengths are tokenised when they are read
+MAX_BEST_FIT = 10**7  # documents; more would take minutes and gigabytes to pack
 
 # A batch takes a millisecond or a few to make, mostly under the interpreter's lock: more threads or a longer queue only
 # hold memory (Grain's defaults are 16 threads and 500 batches). Where that is too slow, data.num_workers helps.
@@ -35,7 +37,7 @@ class Data:
     objective: packing.Objective
     train: packing.Packer
     validation: documents.InMemory
-    digest: str  # of all that decides the rows but the config: equal digests mean equal rows
+    digest: str  # of the tokens; of documents tokenised on the fly, of their files' names, sizes and beginnings
     num_documents: int  # to train on
     num_tokens: int | None  # of them, their ends included; None where nobody has counted
     num_left_out: int | None  # blank documents and entries that can't be read, of both sides; None: not counted
@@ -56,8 +58,8 @@ class Data:
 def load(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenizer | None = None) -> Data:
     """Opens the corpus, its tokenizer and its packer.
 
-    Held-out documents are always tokenised here, and training documents where the packer needs their lengths; else they
-    are read and tokenised row by row.
+    Held-out documents are always tokenised here, and training documents where the packer needs their lengths or they
+    are few (`ON_THE_FLY`); else they are read and tokenised row by row.
 
     Args:
       config: the data of a run.
@@ -73,14 +75,21 @@ def load(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenizer | None =
         tokenizer = tokenizers.build(config, texts.train)
     objective = make_objective(config, tokenizer)
     validation = documents.tokenize(texts.validation, tokenizer)
-    if config.packing in ("sample", "pad"):
+    _require_documents(len(validation), "held-out", "data.validation_source or data.source")
+    on_the_fly = config.packing in ("sample", "pad") and texts.train.num_bytes > ON_THE_FLY
+    if on_the_fly:
         train: documents.OnTheFly | documents.InMemory = documents.OnTheFly(texts.train, tokenizer)
-        lengths = num_tokens = num_left_out = None
+        lengths = num_left_out = None
         digest = cache.digest([texts.fingerprint, tokenizer.digest])
     else:
-        _check_in_memory(texts.train, f"data.packing={config.packing} needs the length of every document")
+        _check_in_memory(
+            texts.train,
+            f"data.packing={config.packing} needs the length of every document",
+            "set data.packing=sample or pad, or tokenise it once with moejax data prepare",
+        )
         train = documents.tokenize(texts.train, tokenizer)
-        lengths, num_tokens = train.lengths, train.num_targets
+        _require_documents(len(train), "training", "data.source")
+        lengths = train.lengths
         num_left_out = texts.num_skipped + train.num_blank + validation.num_blank
         digest = _digest(train, validation)
     return Data(
@@ -90,19 +99,36 @@ def load(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenizer | None =
         validation=validation,
         digest=digest,
         num_documents=len(train),
-        num_tokens=num_tokens,
+        num_tokens=_num_targets(config, lengths),
         num_left_out=num_left_out,
     )
+
+
+def _num_targets(config: config_lib.DataConfig, lengths: np.ndarray | None) -> int | None:
+    """Tokens and ends that an epoch reads; of documents longer than a row, packing=pad reads one row."""
+    if lengths is None:
+        return None
+    targets = lengths.astype(np.int64) + 1
+    return int(np.minimum(targets, config.seq_length).sum() if config.packing == "pad" else targets.sum())
+
+
+def _require_documents(count: int, which: str, field: str) -> None:
+    if not count:
+        raise config_lib.ConfigError(f"the {which} documents are all blank, without a token; give {field} with text")
 
 
 def _load_prepared(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenizer | None) -> Data:
     folder = prepared.open_folder(config.source.removeprefix("prepared:"))
     prepared.check_settings(folder, config, tokenizer)
     objective = make_objective(config, folder.tokenizer)
+    for split in ("train", "validation"):
+        _require_documents(folder.total(split, "documents"), split, "data.source")
+    num_tokens: int | None = folder.total("train", "tokens") + folder.total("train", "documents")
     if folder.form == "rows":
         train: packing.Packer = folder.rows()
     else:
         stored = folder.stored("train")
+        num_tokens = _num_targets(config, stored.lengths)
         train = _train_packer(config, stored, stored.lengths, objective)
     return Data(
         tokenizer=folder.tokenizer,
@@ -111,7 +137,7 @@ def _load_prepared(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenize
         validation=folder.in_memory("validation", config.validation_documents),
         digest=folder.digest,
         num_documents=folder.total("train", "documents"),
-        num_tokens=folder.total("train", "tokens") + folder.total("train", "documents"),
+        num_tokens=num_tokens,
         num_left_out=folder.total("train", "blank") + folder.total("validation", "blank"),
     )
 
@@ -134,18 +160,37 @@ class Texts:
 
 
 def open_texts(config: config_lib.DataConfig) -> Texts:
-    """The documents of data.source and those held out: data.validation_source, else the source's own split
-    `validation`, else a share of the documents, chosen by a hash of the text."""
+    """The documents of data.source and those held out.
+
+    These are data.validation_source (of a tfds: data set its split `validation`), else the source's own split
+    `validation`, else a share of the documents, chosen by a hash of the text.
+
+    Raises:
+      config.ConfigError: a side can't be read, or both read the same file.
+    """
     source = _open_source(config, config.source)
     splits = sources.splits(config.source, tfds_dir=config.tfds_dir)
     if config.validation_source:
-        train, held_out = source, _open_source(config, config.validation_source)
+        try:
+            train, held_out = source, _open_source(config, config.validation_source, "validation")
+        except config_lib.ConfigError as error:
+            raise config_lib.ConfigError(str(error).replace("data.source", "data.validation_source", 1)) from None
     elif "validation" in splits:
         train, held_out = source, _open_source(config, config.source, "validation")
     else:
-        _check_in_memory(source, "to hold out a share of the documents by their hash all of them are read")
+        _check_in_memory(
+            source,
+            "to hold out a share of the documents by their hash all of them would be read",
+            "name the held-out documents in data.validation_source",
+        )
         sides = corpora.split(source, config.validation_fraction)
         train, held_out = (corpora.Subset(source, side) for side in sides)
+    if config.validation_source and (config.validation_source == config.source or source.paths & held_out.paths):
+        both = next(iter(sorted(source.paths & held_out.paths)), config.source)
+        raise config_lib.ConfigError(
+            f"data.validation_source={config.validation_source} and data.source both read {both}, so that training "
+            "would see the held-out documents; name other files, or leave data.validation_source empty"
+        )
     num_skipped = source.num_skipped + (held_out.num_skipped if not isinstance(held_out, corpora.Subset) else 0)
     limit = config.validation_documents
     if limit and len(held_out) > limit:
@@ -159,11 +204,11 @@ def _open_source(config: config_lib.DataConfig, spec: str, split: str = "train")
     return sources.open_source(spec, split=split, text_field=config.text_field, tfds_dir=config.tfds_dir)
 
 
-def _check_in_memory(source: sources.Source, why: str) -> None:
+def _check_in_memory(source: sources.Source, why: str, remedy: str) -> None:
     if source.num_bytes > MAX_IN_MEMORY:
         raise config_lib.ConfigError(
-            f"{why}, and data.source has {source.num_bytes / 1e9:.0f} GB of files, over {MAX_IN_MEMORY / 1e9:.0f} GB; "
-            "set data.validation_source and data.packing=sample or pad, or tokenise it once with moejax data prepare"
+            f"data.source has {source.num_bytes / 1e9:.0f} GB of files, over {MAX_IN_MEMORY / 1e9:.0f} GB, and {why}; "
+            f"{remedy}"
         )
 
 
@@ -229,6 +274,11 @@ def make_packer(
     if config.packing == "pad":
         return packing.Pad(tokenised, objective, order)
     assert lengths is not None
+    if config.packing == "best_fit" and len(lengths) > MAX_BEST_FIT:
+        raise config_lib.ConfigError(
+            f"data.packing=best_fit would search rows for {len(lengths):,} documents, over {MAX_BEST_FIT:,}; set "
+            "data.packing=concatenate, or pack in shards with moejax data prepare --form=rows"
+        )
     kind = packing.BestFit if config.packing == "best_fit" else packing.Concatenate
     return kind.make(tokenised, lengths, order, objective)
 

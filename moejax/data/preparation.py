@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import sys
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,6 +27,7 @@ from moejax.data import packing, pipeline, prepared, sources, tokenizers
 PLAN = "plan.json"
 SHARD_BYTES = 2**28  # of source files a shard, where the number of shards is not given
 _CHUNK = 1024  # documents tokenised at a time
+_PARTIAL = re.compile(r"\.(plan|tokenizer|manifest|train-|validation-).*\.[0-9a-f]{32}")  # as `files.write` names them
 # Recorded, but free to change when a call goes on: digests of the corpus and of the tokenizer say what they are.
 _PLACES = ("data.source", "data.validation_source", "data.tokenizer", "data.vocab_size")
 
@@ -72,10 +75,10 @@ def prepare(
             f"--num_shards={num_shards} is more than the {len(texts.train)} documents of data.source; lower it"
         )
     tokenizer = tokenizers.build(config, texts.train)
+    if form == "rows":
+        pipeline.make_objective(config, tokenizer)  # refuses what can't be before anything is written
     plan = _plan(config, texts, tokenizer, form, num_shards)
     _begin(folder, plan, tokenizer)
-    if part[1] == 1:
-        _clear(folder, ".")
 
     jobs = [
         *_jobs("train", texts.train, num_shards, form),
@@ -92,6 +95,12 @@ def prepare(
                 file=sys.stderr,
             )
     missing = tuple(job.name for job in jobs if not job.done(folder))
+    if not missing:
+        for split, side in (("train", jobs[:-1]), ("validation", jobs[-1:])):
+            if not any(files.read_json(folder / f"{job.name}.json")["documents"] for job in side):
+                raise config_lib.ConfigError(
+                    f"the {split} documents are all blank, without a token; give data with text"
+                )
     return Outcome(tuple(made), missing, None if missing else _finish(folder, plan, jobs))
 
 
@@ -116,28 +125,38 @@ def _plan(
 
 
 def _begin(folder: pathlib.Path, plan: dict[str, Any], tokenizer: tokenizers.Tokenizer) -> None:
+    """Writes plan and tokenizer, or checks that they are those of the calls before; many processes may come at once."""
     path = folder / PLAN
-    if path.exists():
-        begun = _flat(files.read_json(path))
-        changed = [name for name, value in _flat(plan).items() if begun.get(name) != value and name not in _PLACES]
-        if changed:
-            name = changed[0]
+    if not path.exists():
+        # A call that was killed here, or another process, may have left or be writing these.
+        ours = (PLAN, prepared.TOKENIZER)
+        if folder.exists() and any(e.name not in ours and not e.name.startswith(".") for e in folder.iterdir()):
+            if not path.exists():
+                raise config_lib.ConfigError(
+                    f"--output={folder} holds other files and no {PLAN}; choose an empty folder"
+                )
+        else:
+            files.write(path, json.dumps(plan, indent=2) + "\n")
+    begun, now = _flat(files.read_json(path)), _flat(plan)
+    for name, value in now.items():
+        if begun.get(name) != value and name not in _PLACES:
             raise config_lib.ConfigError(
-                f"--output={folder} was begun with {name}={begun.get(name)} and now {name}={_flat(plan)[name]}; "
+                f"--output={folder} was begun with {name}={begun.get(name)} and now {name}={value}; "
                 "set it back, or choose another folder"
             )
-        return
-    if folder.exists() and any(folder.iterdir()):
-        raise config_lib.ConfigError(f"--output={folder} holds other files and no {PLAN}; choose an empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(folder / prepared.TOKENIZER)
-    files.write(path, json.dumps(plan, indent=2) + "\n")
+    saved = folder / prepared.TOKENIZER
+    try:
+        if tokenizers.load(saved).digest == tokenizer.digest:
+            return
+    except (OSError, config_lib.ConfigError):  # missing, or damaged
+        pass
+    tokenizer.save(saved)
 
 
-def _clear(folder: pathlib.Path, prefix: str) -> None:
-    """Removes what a killed call has left half written."""
+def _clear(folder: pathlib.Path) -> None:
+    """Removes what killed calls have left half written, once nothing is to be written any more."""
     for entry in folder.iterdir():
-        if entry.name.startswith(prefix):
+        if _PARTIAL.fullmatch(entry.name):
             entry.unlink(missing_ok=True)
 
 
@@ -153,7 +172,11 @@ def _finish(folder: pathlib.Path, plan: dict[str, Any], jobs: Sequence["_Job"]) 
     for job in jobs:
         splits.setdefault(job.split, []).append(files.read_json(folder / f"{job.name}.json"))
     manifest = {**plan, "splits": splits}
-    files.write(folder / prepared.MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    text = json.dumps(manifest, indent=2) + "\n"
+    path = folder / prepared.MANIFEST
+    if not path.exists() or path.read_text() != text:
+        files.write(path, text)
+    _clear(folder)
     return manifest
 
 
@@ -176,8 +199,12 @@ class _Job:
         record = folder / f"{self.name}.array_record"
         try:
             facts = files.read_json(folder / f"{self.name}.json")
+            if self.form == "documents":
+                table = np.load(folder / f"{self.name}.sizes.npy", mmap_mode="r")
+                if len(table) != facts["documents"]:
+                    return False
             return record.stat().st_size == facts["size"]
-        except (OSError, ValueError):
+        except (OSError, ValueError, EOFError, KeyError):
             return False
 
 
@@ -192,8 +219,7 @@ def _write(
 ) -> dict[str, Any]:
     """Makes a shard; returns what its .json says."""
     path = folder / f"{job.name}.array_record"
-    partial = path.with_name(f".{path.name}.partial")
-    _clear(folder, f".{job.name}.")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     token_type = prepared.dtype(tokenizer.vocab_size)
     sizes: list[tuple[int, int]] = []
     num_blank = num_records = 0
@@ -262,7 +288,7 @@ def _pack(
 
 
 def _save(path: pathlib.Path, array: np.ndarray) -> None:
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     with partial.open("wb") as file:
         np.save(file, array)
         file.flush()

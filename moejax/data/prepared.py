@@ -71,29 +71,10 @@ class Records(Sequence[bytes]):
         return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, index: int) -> bytes:
-        return self.read([range(len(self))[index]])[0]
-
-    def read(self, indices: Sequence[int]) -> list[bytes]:
-        """Many records at once, which is faster than one by one."""
-        places: dict[int, list[int]] = {}
-        for place, index in enumerate(indices):
-            places.setdefault(bisect.bisect_right(self.ends, index), []).append(place)
-        found: list[bytes] = [b""] * len(indices)
-        for shard, members in places.items():
-            first = self.ends[shard - 1] if shard else 0
-            wanted = [int(indices[place]) - first for place in members]
-            for place, record in zip(members, self._read(shard, wanted), strict=True):
-                found[place] = record
-        return found
-
-    def _read(self, shard: int, wanted: list[int]) -> list[bytes]:
-        file = self.files[shard]
-        try:
-            return records.array_record_reader(file).read(wanted)
-        except (RuntimeError, IndexError) as error:
-            numbers = f"record {wanted[0]}" if len(wanted) == 1 else f"one of the records {sorted(wanted)}"
-            what = f"is damaged at {numbers} ({storage.one_line(error)})"
-            raise storage.refusal(file, what, _AGAIN) from None
+        index = range(len(self))[index]
+        shard = bisect.bisect_right(self.ends, index)
+        place = index - (self.ends[shard - 1] if shard else 0)
+        return records.read(self.files[shard], place, _AGAIN)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -124,7 +105,7 @@ class Rows:
         return len(self.records)
 
     def read(self, rows: Sequence[int]) -> list[packing.Streams]:
-        return [decode_row(record, self.token_type) for record in self.records.read(rows)]
+        return [decode_row(self.records[row], self.token_type) for row in rows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,20 +175,22 @@ def open_folder(path: str) -> Folder:
             )
     try:
         manifest = json.loads(storage.read(there[MANIFEST], 0, there[MANIFEST].size))
-    except ValueError as error:
+        shards = [(split, shard["name"], shard["size"]) for split, made in manifest["splits"].items() for shard in made]
+        if manifest["version"] != VERSION:
+            raise config_lib.ConfigError(
+                f"data.source=prepared:{path} has version {manifest['version']} of the format, and this moejax reads "
+                f"{VERSION}; prepare it again"
+            )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, config_lib.ConfigError):
+            raise
         raise config_lib.ConfigError(
             f"data.source=prepared:{path}: {MANIFEST} is damaged ({error}); delete it and run moejax data prepare again"
         ) from None
-    if manifest.get("version") != VERSION:
-        raise config_lib.ConfigError(
-            f"data.source=prepared:{path} has version {manifest.get('version')} of the format, and this moejax reads "
-            f"{VERSION}; prepare it again"
-        )
-    for split, shards in manifest["splits"].items():
-        for shard in shards:
-            _check(path, there, f"{shard['name']}.array_record", shard["size"])
-            if split != "train" or manifest["form"] == "documents":
-                _check(path, there, f"{shard['name']}.sizes.npy")
+    for split, name, size in shards:
+        _check(path, there, f"{name}.array_record", size)
+        if split != "train" or manifest["form"] == "documents":
+            _check(path, there, f"{name}.sizes.npy")
     local = there[TOKENIZER] if there[TOKENIZER].is_local else storage.local_copy(there[TOKENIZER])
     return Folder(path, manifest, tokenizers.load(pathlib.Path(local.path)), there)
 
@@ -249,6 +232,8 @@ def check_settings(folder: Folder, config: config_lib.DataConfig, run_tokenizer:
         )
     if folder.form == "rows":
         for name in ROW_SETTINGS:
+            if name in ("noise_density", "mean_span_length") and config.objective == "next_token":
+                continue
             if name != "seed" and getattr(config, name) != made[name]:
                 raise config_lib.ConfigError(
                     f"data.{name}={getattr(config, name)} but the rows in {folder.path} were packed with "

@@ -89,11 +89,20 @@ class ArrayRecord:
         return self._num_records
 
     def text(self, i: int) -> str:
-        try:
-            record = array_record_reader(self.file).read([i])[0]
-        except (RuntimeError, IndexError) as error:
-            raise storage.refusal(self.file, f"record {i} is damaged ({storage.one_line(error)})") from None
-        return example_text(self.file, i, record, self._text_field)
+        return example_text(self.file, i, read(self.file, i), self._text_field)
+
+
+def read(file: storage.File, i: int, remedy: str = "fetch the file again") -> bytes:
+    """Record i of an ArrayRecord file.
+
+    Raises:
+      config.ConfigError: the file is damaged; `remedy` ends the line.
+    """
+    reader = array_record_reader(file)
+    try:
+        return reader.read(i, i + 1)[0]  # as a range: a list of one takes time in proportion to the file's records
+    except (RuntimeError, IndexError) as error:
+        raise storage.refusal(file, f"record {i} is damaged ({storage.one_line(error)})", remedy) from None
 
 
 @functools.lru_cache(maxsize=storage.MAX_OPEN)

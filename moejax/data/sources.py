@@ -1,6 +1,7 @@
 """Sources: random-access sequences of text documents out of files, local or remote, in the forms people have C4 in."""
 
 import glob
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -8,7 +9,7 @@ from concurrent import futures
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from absl import logging
+import tqdm
 
 from moejax import config as config_lib
 from moejax.data import cache, lines, records, storage, tables, zipped
@@ -17,6 +18,7 @@ TEXT_SUFFIXES = (".txt", ".md", ".text")
 FOLDER_SUFFIXES = (".txt", ".md")  # a folder stands for these of its files
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4")  # never text
+_BEGINNING = 2**16  # bytes of a file that its fingerprint covers
 _NUM_OPENERS = 16  # files opened at a time: opening waits for a disk or a network
 
 
@@ -35,7 +37,12 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Of the names and sizes of the files, not of their folders, and of the text field."""
+        """Of the files' names, sizes and first bytes, not of their folders, and of the text field."""
+        ...
+
+    @property
+    def paths(self) -> frozenset[str]:
+        """Of the files."""
         ...
 
     def __len__(self) -> int: ...
@@ -111,8 +118,9 @@ class _Files(Sequence[str]):
         self._starts = np.cumsum([0, *map(len, shards)])
         self.num_bytes = sum(shard.file.size for shard in shards)
         self.num_skipped = sum(shard.num_skipped for shard in shards)
+        self.paths = frozenset(shard.file.path for shard in shards)
         files = (part for shard in shards for part in (shard.file.name, str(shard.file.size)))
-        self.fingerprint = cache.digest([text_field, *files])
+        self.fingerprint = cache.digest([text_field, *files, *_beginnings(shards)])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -123,14 +131,22 @@ class _Files(Sequence[str]):
         return self._shards[shard].text(index - int(self._starts[shard]))
 
 
+def _beginnings(shards: Sequence[Shard]) -> Iterator[str]:
+    """The first bytes of every file, as a digest: files of one name and size may still differ."""
+    with futures.ThreadPoolExecutor(_NUM_OPENERS) as pool:
+        heads = pool.map(lambda shard: storage.read(shard.file, 0, min(shard.file.size, _BEGINNING)), shards)
+        yield from (hashlib.blake2b(head, digest_size=16).hexdigest() for head in heads)
+
+
 def _open_all(files: Sequence[tuple[storage.File, type[Shard]]], text_field: str) -> list[Shard]:
     """Opens the files, several at a time; the error raised is that of the first file that has one."""
     shards = []
     with futures.ThreadPoolExecutor(_NUM_OPENERS) as pool:
         try:
-            for shard in pool.map(lambda found: _open_shard(found[0], found[1], text_field), files):
+            opened = pool.map(lambda found: _open_shard(found[0], found[1], text_field), files)
+            # Making the indices of a large corpus for the first time reads all of it: then there is a bar.
+            for shard in tqdm.tqdm(opened, "opening", len(files), unit=" files", delay=5, leave=False):
                 shards.append(shard)
-                logging.log_every_n_seconds(logging.INFO, "opened %d of %d files", 10, len(shards), len(files))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

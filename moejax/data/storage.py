@@ -27,8 +27,12 @@ from moejax import config as config_lib
 from moejax.data import cache
 
 BLOCK = 2**24  # bytes asked for at a time when a file is read in order: few requests, and 16 MB in memory
-# Shards kept open at a time, of each kind of handle: most systems allow a process 1024 files. No limit reads as -1.
-MAX_OPEN = min(max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**32, 256) // 4, 1024)
+_SOFT, _HARD = resource.getrlimit(resource.RLIMIT_NOFILE)
+if 0 <= _SOFT < (_HARD % 2**32):  # many systems let a process open more files than it may at first
+    _SOFT = min(_HARD % 2**32, 2**14)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(_SOFT, resource.getrlimit(resource.RLIMIT_NOFILE)[0]), _HARD))
+# Shards kept open at a time, of each kind of handle. Opening one again takes 40 ms, keeping it some megabytes.
+MAX_OPEN = min(max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**32, 256) // 4, 2048)
 # Where file systems say when, or as what, an object was last written.
 _VERSION_FIELDS = ("etag", "ETag", "mtime", "LastModified", "last_modified", "updated", "created")
 

@@ -57,7 +57,7 @@ def check_corpus(data: pipeline.Data, workdir: pathlib.Path) -> None:
     if old["digest"] != new["digest"]:
         raise config_lib.ConfigError(
             f"the corpus has changed since the run in {workdir} began ({_sizes(old)} then, {_sizes(new)} now); "
-            "bring the documents back, or train anew in another --workdir"
+            "bring back the documents in the form they had, or train anew in another --workdir"
         )
 
 

@@ -16,7 +16,7 @@ import pytest
 import shards
 from pyarrow import parquet
 
-from moejax.data import lines, records, storage, tables, zipped
+from moejax.data import lines, records, sources, storage, tables, zipped
 
 READERS = {
     "array_record": records.ArrayRecord,
@@ -598,3 +598,23 @@ def test_text_that_is_not_utf_8_is_refused_when_it_is_opened(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     message = shards.refusal(text_shard, tmp_path / "latin.txt")
     assert f"{tmp_path / 'latin.txt'} is not UTF-8 at byte 3 (invalid continuation byte); convert it" in message
+
+
+def test_gzip_read_in_order_decompresses_each_part_of_the_file_once(tmp_path, monkeypatch):
+    texts = [f"{i} {'word ' * (i % 300)}" for i in range(6000)]
+    shard = sources.open_source(f"files:{shards.write(tmp_path, 'gzip', texts)}")
+    parts = []
+    real = zipped.GzipJsonLines._read_member
+
+    def counted(self, points, at, start, stop):
+        parts.append(at)
+        return real(self, points, at, start, stop)
+
+    monkeypatch.setattr(zipped.GzipJsonLines, "_read_member", counted)
+    assert list(shard) == texts
+    num_points = max(parts) + 1
+    assert num_points > 2
+    # the first line after a point alone, then the rest at once; a line may lie across two parts
+    assert len(parts) <= 3 * num_points
+    for i in random.Random(0).sample(range(6000), 200):  # and at random again
+        assert shard[i] == texts[i]

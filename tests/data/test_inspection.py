@@ -29,12 +29,13 @@ def config(tmp_path, monkeypatch):
 
 def test_the_figures_of_documents_and_rows_are_those_counted_by_hand(config):
     found = inspection.summarise(pipeline.load(config), config)
-    # rows of 8 slots hold 2 + 2 + 4 + 4 + 0 + 5 + 8 pairs, the last without its end
-    assert (found.rows, found.documents, found.documents_seen, found.blank) == (7, 7, 7, 1)
-    assert found.tokens_per_row == pytest.approx(25 / 7)
-    assert found.padding == pytest.approx(1 - 25 / 56)
-    assert found.counted == pytest.approx(25 / 56)
-    assert found.parts_per_row == pytest.approx(6 / 7)
+    # rows of 8 slots hold 2 + 2 + 4 + 4 + 5 + 8 pairs, the last without two of its ten
+    assert (found.rows, found.documents, found.documents_seen, found.blank) == (6, 6, 6, 1)
+    assert found.tokens_per_row == pytest.approx(25 / 6)
+    assert found.padding == pytest.approx(1 - 25 / 48)
+    assert found.counted == pytest.approx(25 / 48)
+    assert found.cut == pytest.approx(2 / 27)
+    assert found.parts_per_row == 1
     assert found.repeated == pytest.approx(1 / 6)
     assert found.tokens_per_document["mean"] == pytest.approx(21 / 6)
     assert found.tokens_per_document["max"] == 9
@@ -42,6 +43,7 @@ def test_the_figures_of_documents_and_rows_are_those_counted_by_hand(config):
     shown = inspection.show_summary(found)
     assert "16.7% repeat an earlier one" in shown
     assert "1 blank" in shown
+    assert "7.4% of the tokens are beyond a row" in shown
     assert len(shown.splitlines()) == 3 + 4
 
 
@@ -50,7 +52,7 @@ def test_rows_packed_beforehand_have_figures_too(config, tmp_path):
     preparation.prepare(config, tmp_path / "rows", form="rows")
     config.source, config.validation_source = f"prepared:{tmp_path / 'rows'}", ""
     found = inspection.summarise(pipeline.load(config), config)
-    assert (found.rows, found.documents, found.blank) == (4, 6, 0)
+    assert (found.rows, found.documents, found.blank) == (4, 6, 1)
     assert found.tokens_per_row == pytest.approx(27 / 4)
 
 

@@ -7,6 +7,7 @@ import pathlib
 
 import numpy as np
 import pytest
+import shards
 
 from moejax import config as config_lib
 from moejax.data import documents, pipeline, tokenizers
@@ -19,6 +20,7 @@ PACKINGS = ["best_fit", "concatenate", "sample", "pad"]
 def config(tmp_path, monkeypatch):
     """Sixty files of a few words each; some twice."""
     monkeypatch.setenv("MOEJAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(pipeline, "ON_THE_FLY", 0)  # sample and pad tokenise when a row is read, as of a large corpus
     rng = np.random.default_rng(0)
     (tmp_path / "texts").mkdir()
     for i in range(60):
@@ -99,23 +101,99 @@ def test_bits_per_byte_counts_every_target_and_every_byte():
     assert found.bits_per_byte(math.log(2)) == pytest.approx(6 / 4)
 
 
-def test_blank_documents_are_counted_and_left_out(config, tmp_path):
+@pytest.mark.parametrize("packing_name", PACKINGS)
+@pytest.mark.parametrize("on_the_fly", [False, True])
+def test_blank_documents_are_counted_and_left_out(config, tmp_path, monkeypatch, packing_name, on_the_fly):
+    monkeypatch.setattr(pipeline, "ON_THE_FLY", 0 if on_the_fly else 2**20)
     lines = ["one two", "", " \n ", "three", "four four"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "held out"}) + "\n")
     config.source, config.validation_source = f"files:{tmp_path}/a.jsonl", f"files:{tmp_path}/b.jsonl"
-    config.tokenizer, config.batch_size = "bytes", 50
+    config.tokenizer, config.batch_size, config.packing = "bytes", 50, packing_name
     data = pipeline.load(config)
-    assert (data.num_documents, data.num_left_out) == (3, 2)
+    if on_the_fly and packing_name in ("sample", "pad"):
+        assert (data.num_documents, data.num_left_out) == (5, None)  # nobody has looked yet
+    else:
+        assert (data.num_documents, data.num_left_out) == (3, 2)
+        assert data.num_tokens == 7 + 5 + 9 + 3
     kept = {"one two", "three", "four four"}
-    assert set(texts_of(data.train.documents, data.tokenizer)) == kept
-    for config.packing in ("sample", "pad"):
-        data = pipeline.load(config)
-        assert data.num_left_out is None
-        batch = pipeline.TrainBatches(data, config)[0]
-        assert kept <= set(texts_in([batch], data.tokenizer))
-        ends = (batch["inputs_BL"] == data.tokenizer.end_of_text) & (batch["targets_BL"] == data.tokenizer.end_of_text)
-        assert not (ends & batch["loss_mask_BL"]).any()
+    batch = pipeline.TrainBatches(data, config)[0]
+    assert kept <= set(texts_in([batch], data.tokenizer)) | (kept if packing_name == "sample" else set())
+    ends = (batch["inputs_BL"] == data.tokenizer.end_of_text) & (batch["targets_BL"] == data.tokenizer.end_of_text)
+    assert not (ends & batch["loss_mask_BL"]).any()
+
+
+@pytest.mark.parametrize("packing_name", ["sample", "pad"])
+def test_rows_are_the_same_whether_documents_are_tokenised_before_or_on_the_fly(config, monkeypatch, packing_name):
+    config.packing = packing_name
+    on_the_fly = pipeline.load(config)
+    monkeypatch.setattr(pipeline, "ON_THE_FLY", 2**20)
+    before = pipeline.load(config)
+    assert isinstance(on_the_fly.train.documents, documents.OnTheFly)
+    assert isinstance(before.train.documents, documents.InMemory)
+    for step in (0, 1, 50):
+        assert_same(pipeline.TrainBatches(on_the_fly, config)[step], pipeline.TrainBatches(before, config)[step])
+
+
+def test_of_documents_longer_than_a_row_pad_counts_what_it_reads(config, monkeypatch):
+    monkeypatch.setattr(pipeline, "ON_THE_FLY", 2**20)
+    config.packing, config.seq_length = "pad", 8
+    data = pipeline.load(config)
+    assert data.num_tokens == sum(min(len(tokens) + 1, 8) for tokens in data.train.documents)
+    assert data.num_tokens < sum(len(tokens) + 1 for tokens in data.train.documents)
+
+
+@pytest.mark.parametrize("packing_name", PACKINGS)
+@pytest.mark.parametrize("on_the_fly", [False, True])
+@pytest.mark.parametrize("blank", ["source", "validation_source"])
+def test_a_side_of_blank_documents_is_refused(config, tmp_path, monkeypatch, packing_name, on_the_fly, blank):
+    monkeypatch.setattr(pipeline, "ON_THE_FLY", 0 if on_the_fly else 2**20)
+    config.packing, config.tokenizer = packing_name, "bytes"
+    for name in ("source", "validation_source"):
+        texts = [" ", "\t", ""] if name == blank else ["one", "two"]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        setattr(config, name, f"files:{tmp_path}/{name}.jsonl")
+    if (packing_name, on_the_fly, blank) == ("pad", True, "source"):
+        return  # rows of padding, which nobody has looked at
+    with pytest.raises(config_lib.ConfigError, match="all blank"):
+        pipeline.TrainBatches(pipeline.load(config), config)[0]
+
+
+def test_what_both_sides_would_read_is_refused(config, tmp_path):
+    folder = config.source.removeprefix("files:")
+    for spec in (config.source, f"files:{folder}/1.txt"):
+        config.validation_source = spec
+        with pytest.raises(config_lib.ConfigError, match=r"both read .*1\.txt|both read .*0\.txt"):
+            pipeline.load(config)
+    config.source = config.validation_source = "wikipedia"
+    with pytest.raises(config_lib.ConfigError, match="both read wikipedia"):
+        pipeline.load(config)
+
+
+def test_held_out_documents_of_a_tfds_data_set_are_those_of_its_split_validation(config, tmp_path):
+    for split, count in (("train", 30), ("validation", 3)):
+        texts = [f"{split} {i}" for i in range(count)]
+        made = shards.write(tmp_path / "tfds" / "c4" / "en" / "3.1.0", "tfrecord", texts)
+        made.rename(made.parent / f"c4-{split}.tfrecord-00000-of-00001")
+    config.tfds_dir = str(tmp_path / "tfds")
+    held_out = [f"validation {i}" for i in range(3)]
+    config.validation_source = "tfds:c4/en:3.1.0"
+    assert texts_of((data := pipeline.load(config)).validation, data.tokenizer) == held_out
+    config.source, config.validation_source = "tfds:c4/en:3.1.0", ""
+    assert texts_of((data := pipeline.load(config)).validation, data.tokenizer) == held_out
+    assert data.num_documents == 30
+
+
+def test_a_broken_validation_source_is_named_as_such(config):
+    config.validation_source = "files:/absent/*.json"
+    with pytest.raises(config_lib.ConfigError, match=r"^data\.validation_source: no file matches"):
+        pipeline.load(config)
+
+
+def test_more_documents_than_best_fit_can_search_are_refused(config, monkeypatch):
+    monkeypatch.setattr(pipeline, "MAX_BEST_FIT", 10)
+    with pytest.raises(config_lib.ConfigError, match=r"set data\.packing=concatenate, or pack in shards"):
+        pipeline.load(config)
 
 
 def test_the_held_out_documents_are_those_of_the_validation_source_and_no_more_than_asked_for(config, tmp_path):
@@ -132,11 +210,11 @@ def test_the_held_out_documents_are_those_of_the_validation_source_and_no_more_t
 
 def test_a_corpus_too_large_for_memory_is_refused_unless_its_rows_are_read_one_by_one(config, monkeypatch, tmp_path):
     monkeypatch.setattr(pipeline, "MAX_IN_MEMORY", 100)
-    with pytest.raises(config_lib.ConfigError, match=r"to hold out a share .* moejax data prepare"):
+    with pytest.raises(config_lib.ConfigError, match=r"to hold out a share .* in data\.validation_source"):
         pipeline.load(config)
     (tmp_path / "held.txt").write_text("held out")
     config.validation_source = f"files:{tmp_path}/held.txt"
-    with pytest.raises(config_lib.ConfigError, match=r"data\.packing=best_fit needs the length of every document"):
+    with pytest.raises(config_lib.ConfigError, match=r"best_fit needs the length .* data prepare"):
         pipeline.load(config)
     config.packing = "sample"
     assert pipeline.TrainBatches(pipeline.load(config), config)[0]["inputs_BL"].shape == (4, 64)
