@@ -127,16 +127,13 @@ def _plan(
 def _begin(folder: pathlib.Path, plan: dict[str, Any], tokenizer: tokenizers.Tokenizer) -> None:
     """Writes plan and tokenizer, or checks that they are those of the calls before; many processes may come at once."""
     path = folder / PLAN
-    if not path.exists():
-        # A call that was killed here, or another process, may have left or be writing these.
-        ours = (PLAN, prepared.TOKENIZER)
-        if folder.exists() and any(e.name not in ours and not e.name.startswith(".") for e in folder.iterdir()):
-            if not path.exists():
-                raise config_lib.ConfigError(
-                    f"--output={folder} holds other files and no {PLAN}; choose an empty folder"
-                )
-        else:
-            files.write(path, json.dumps(plan, indent=2) + "\n")
+    # A call that was killed here, or failed at the first shard, or another process, may have left or be writing these.
+    ours = (PLAN, prepared.TOKENIZER)
+    others = folder.exists() and any(e.name not in ours and not e.name.startswith(".") for e in folder.iterdir())
+    if others and not path.exists():
+        raise config_lib.ConfigError(f"--output={folder} holds other files and no {PLAN}; choose an empty folder")
+    if not others:
+        files.write(path, json.dumps(plan, indent=2) + "\n")
     begun, now = _flat(files.read_json(path)), _flat(plan)
     for name, value in now.items():
         if begun.get(name) != value and name not in _PLACES:

@@ -269,6 +269,18 @@ def test_a_call_killed_while_it_began_is_gone_on_with(config, tmp_path, left):
     assert contents(folder) == contents(tmp_path / "straight")
 
 
+def test_a_source_that_broke_at_once_and_was_mended_is_prepared_in_the_same_folder(config, tmp_path):
+    source = pathlib.Path(config.source.removeprefix("files:"))
+    good = source.read_text()
+    source.write_text(good.replace('{"text"', '{"test"', 2).replace('{"test"', '{"text"', 1))
+    with pytest.raises(config_lib.ConfigError, match="line 2 has no field 'text' but test"):
+        preparation.prepare(config, tmp_path / "made")
+    source.write_text(good)
+    preparation.prepare(config, tmp_path / "made")
+    preparation.prepare(config, tmp_path / "straight")
+    assert contents(tmp_path / "made") == contents(tmp_path / "straight")
+
+
 def test_calls_that_begin_at_the_same_time_agree(config, tmp_path):
     with futures.ThreadPoolExecutor(6) as pool:
         parts = [
