@@ -19,6 +19,43 @@ SOURCES = (*CORPORA, "files", "tfds", "prepared")
 TOKENIZERS = ("bpe", "bytes", "gpt2", "sentencepiece", "hf")
 
 
+ACTIVATIONS = ("relu", "gelu", "swiglu", "geglu")
+MOE_LOSSES = ("balance", "importance", "load", "z", "device", "communication", "sequence")
+
+
+class Router(typing.NamedTuple):
+    """What a config may ask of a router."""
+
+    losses: dict[str, float]  # the auxiliary losses that it can train with, and their weights by default
+    top_k: int = 1  # experts a token by default
+    fixed: bool = False  # top_k can't be chosen
+    causal: bool = True  # False: what a token gets depends on later tokens
+    sparse: bool = True  # False: every expert runs on every token, or on mixtures of tokens; nothing is dispatched
+    dropless: bool = False  # dispatch=auto drops nothing, as in its paper
+
+
+_ANY = dict.fromkeys(("balance", "importance", "z", "sequence"), 0.0)
+
+# Weights: Switch section 2.2; GShard as GLaM; Shazeer 2017 appendix; DeepSeek-V2 section 3.1.2; DeepSeek-V3 section 4.2
+ROUTERS = {
+    "soft": Router(losses={"importance": 0.0, "z": 0.0}, fixed=True, sparse=False),
+    "noisy_top_k": Router(top_k=2, losses=_ANY | {"importance": 0.1, "load": 0.1}),
+    "switch": Router(losses=_ANY | {"balance": 0.01}, fixed=True),
+    "gshard": Router(top_k=2, losses=_ANY | {"balance": 0.01}, fixed=True),
+    "top_k": Router(losses=_ANY | {"balance": 0.01}),
+    "group_limited": Router(top_k=2, losses=_ANY | {"balance": 0.003, "device": 0.05, "communication": 0.02}),
+    "sigmoid_bias": Router(
+        top_k=2, losses=_ANY | {"sequence": 1e-4, "device": 0.0, "communication": 0.0}, dropless=True
+    ),
+    "expert_choice": Router(losses={"z": 0.0}, causal=False),
+    "hash": Router(losses={}, fixed=True, dropless=True),
+    "sinkhorn": Router(losses={"z": 0.0}),
+    "soft_moe": Router(losses={}, fixed=True, causal=False, sparse=False),
+    "relu": Router(losses={"relu": 1.0, "z": 0.0}, dropless=True),  # its weight is the adaptive coefficient
+    "label": Router(losses={}, fixed=True, dropless=True),
+}
+
+
 class ConfigError(ValueError):
     """A setting the user can mend; the message is one line with field, value, rule and remedy."""
 
@@ -55,28 +92,70 @@ class MlpConfig:
     """The dense feed-forward sublayer."""
 
     d_ff: int = 1024  # hidden width
-    activation: str = "relu"  # relu, gelu, swiglu
+    activation: str = "relu"  # relu, gelu, swiglu, geglu
     bias: bool = False
 
 
 @_config
 class MoeConfig:
-    """Sparse mixture of expert MLPs (Switch Transformers, arXiv 2101.03961)."""
+    """Mixture of expert MLPs; each router is described in moejax/ops/routing.py, with its source."""
 
+    router: str = "top_k"  # one of ROUTERS
     num_experts: int = 8
     d_expert: int = 1024  # hidden width of one expert
-    activation: str = "relu"  # relu, gelu, swiglu
-    top_k: int = 1  # K, experts a token; a gate is the router's probability (1: the Switch router)
+    activation: str = "relu"  # relu, gelu, swiglu, geglu
+    bias: bool = False  # in both matrices of an expert
+    num_shared_experts: int = 0  # experts of width d_expert that every token goes through, beside the routed ones
+    top_k: int = 0  # K, experts a token; relu: on average; 0 = the router's own (`num_choices`)
+    normalise_gates: str = "none"  # router=top_k, gshard: before (the gates of a token sum to 1), after (of those kept)
     capacity_factor: float = 1.25  # slots an expert has, over tokens * top_k / num_experts; 0 = never drop
     eval_capacity_factor: float = 2.0  # the same in evaluation (T5X: 2.0); generation never drops
+    capacity_order: str = "auto"  # who gets the slots: tokens, choices (first choices first: gshard), priority
     group_size: int = 0  # tokens among which capacity is counted; 0 = one row (data.seq_length)
-    balance_weight: float = 0.01  # weight of the load-balance loss (Switch eq. 4), averaged over layers
+    # capacity; dropless: every choice is computed, capacity factors do not apply; auto: dropless for the routers whose
+    # papers are (`Router`), and where the capacity factor is 0 if that is faster (ops/dispatch_rules.py)
+    dispatch: str = "auto"
+    grouped_matmul: str = "auto"  # dispatch=dropless: blocked, ragged_dot, auto: the faster as measured
+    expert_dropout: float = 0.0  # of hidden units of the experts, in training (Switch: 0.4 in fine-tuning)
+    jitter: float = 0.01  # router=switch: its input is multiplied by uniform [1 - j, 1 + j] in training (Mesh-TF)
+    second_threshold: float = 0.2  # router=gshard: the second expert is used with probability gate / threshold
+    noise_epsilon: float = 0.01  # router=noisy_top_k: the least standard deviation of the noise (Tensor2Tensor)
+    num_groups: int = 4  # router=group_limited, sigmoid_bias: groups of experts (devices, in DeepSeek-V2)
+    top_groups: int = 2  # router=group_limited, sigmoid_bias: groups that a token may choose from
+    gate_scale: float = 1.0  # router=group_limited, sigmoid_bias: gates times this (DeepSeek-V2 16, V3 2.5)
+    bias_rate: float = 0.001  # router=sigmoid_bias: what a step adds to or takes from an expert's bias
+    slots_per_expert: int = 1  # router=soft_moe: slots of each expert in a group
+    hash_table: str = "random"  # router=hash: random, balanced (by token frequency), or FILE.npy of vocab_size experts
+    relu_coefficient: float = 1e-8  # router=relu: the coefficient of its loss at the start (ReMoE)
+    relu_multiplier: float = 1.2  # router=relu: what a step multiplies or divides the coefficient by
+    layer_reduction: str = "mean"  # auxiliary losses over the layers: mean (T5X, MoE-Mamba), sum (Mesh-TF)
+    # Weights of the auxiliary losses (ops/balance.py); -1 = as the router's paper has it (`loss_weights`).
+    balance_weight: float = -1.0  # load balance (Switch eq. 4)
+    importance_weight: float = -1.0  # squared coefficient of variation of the gates (Shazeer 2017, eq. 7)
+    load_weight: float = -1.0  # and of the smooth load (Shazeer 2017, eq. 11)
+    z_weight: float = -1.0  # router z-loss (ST-MoE eq. 5: 0.001)
+    device_weight: float = -1.0  # balance over groups of experts (DeepSeek-V2 eq. 26)
+    communication_weight: float = -1.0  # balance of what groups are sent (DeepSeek-V2 eq. 29)
+    sequence_weight: float = -1.0  # load balance within each row (DeepSeek-V3 eq. 17)
+
+    @property
+    def num_choices(self) -> int:
+        """K of this router: top_k, or its own where that is 0. relu, soft and expert_choice may use every expert."""
+        return self.top_k or ROUTERS[self.router].top_k
+
+    def loss_weights(self) -> dict[str, float]:
+        """The auxiliary losses that this router trains with, by name, and their weights; none that is 0."""
+        own = ROUTERS[self.router].losses
+        given = {name: getattr(self, f"{name}_weight", -1.0) for name in own}
+        weights = {name: own[name] if weight == -1 else weight for name, weight in given.items()}
+        return {name: weight for name, weight in weights.items() if weight}
 
 
 @_config
 class ModelConfig:
-    """A decoder-only language model: prefix + period * num_periods + suffix, each entry a residual branch."""
+    """A language model: prefix + period * num_periods + suffix, each entry a residual branch."""
 
+    causal: bool = True  # False: an encoder, whose attention looks both ways
     vocab_size: int = 4096  # V, at least the tokenizer's
     d_model: int = 256  # D
     prefix: tuple[str, ...] = ()  # sublayers before the periods, e.g. ("attention", "mlp")
@@ -87,8 +166,10 @@ class ModelConfig:
     norm_eps: float = 1e-5
     final_norm: bool = True  # MoE-Mamba's reference code has none
     tie_embeddings: bool = True
-    init_scale: float = 0.1  # s in sd = sqrt(s / fan_in), cut at 2 sd (Switch section 2.4)
-    embedding_std: float = 0.02
+    num_softmaxes: int = 1  # over 1: the head is a mixture of so many softmaxes (arXiv 1711.03953)
+    init: str = "switch"  # switch (cut at 2 sd, section 2.4), moe_mamba (cut at +-2 init_scale, as its code)
+    init_scale: float = 0.1  # s in sd = sqrt(s / fan_in)
+    embedding_std: float = 0.02  # init=switch; moe_mamba has fan_in 1 instead
     rescale_out_proj: bool = True  # Mamba's out_proj over sqrt(number of residual branches)
     remat: str = "none"  # none, period: recompute a period's activations in the backward pass
     compute_dtype: str = "float32"  # float32, bfloat16; router, norms, dt, A and the scan stay float32
@@ -111,13 +192,14 @@ class ModelConfig:
 class DataConfig:
     """Documents, tokens and rows. Batch n is a pure function of (seed, n), whatever the number of hosts or workers."""
 
-    source: str = (
-        "wikipedia"  # wikipedia, docstrings, files:PATTERN[,PATTERN], tfds:NAME/CONFIG:VERSION, prepared:FOLDER
-    )
+    # wikipedia, docstrings, files:PATTERN[,PATTERN], tfds:NAME/CONFIG:VERSION, prepared:FOLDER
+    source: str = "wikipedia"
     validation_source: str = ""  # held-out documents; "" = the source's own split, else a part of source
     validation_fraction: float = 0.05  # that part: a share of the documents, chosen by a hash of the text
     validation_documents: int = 4096  # held-out documents used at most, the first ones; 0 = all
     text_field: str = "text"  # the field of a record that holds the text
+    label: str = ""  # a document's label: field:NAME of its record, folder (of its file); "" = the corpus's own, if any
+    labels: tuple[str, ...] = ()  # the labels there are, in order; () = those of the training documents, sorted
     tfds_dir: str = ""  # where tfds: looks; "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
     tokenizer: str = "bpe"  # bpe (trained on the training documents), bytes, gpt2[:FOLDER], sentencepiece:FILE, hf:FILE
     end_of_text: str = ""  # tokenizer=hf: the token between documents; "" = the one of the usual names that it has

@@ -47,6 +47,8 @@ def validate(config: config_lib.Config) -> None:
     _check_types(config)
     _validate_model(config.model)
     _validate_data(config)
+    _validate_causal(config.model, config)
+    _validate_labels(config)
     _validate_training(config)
 
 
@@ -60,6 +62,8 @@ def _validate_model(model: config_lib.ModelConfig) -> None:
     _at_least(config, 0, "model.num_periods")
     _require(bool(model.sublayers), "model has no sublayers; set model.period and model.num_periods, or model.prefix")
     _one_of("model.norm", model.norm, ("rmsnorm", "layernorm"))
+    _one_of("model.init", model.init, ("switch", "moe_mamba"))
+    _at_least(config, 1, "model.num_softmaxes")
     _one_of("model.remat", model.remat, ("none", "period"))
     _one_of("model.compute_dtype", model.compute_dtype, ("float32", "bfloat16"))
     _positive(config, "model.norm_eps", "model.init_scale", "model.embedding_std")
@@ -89,21 +93,146 @@ def _validate_model(model: config_lib.ModelConfig) -> None:
         )
     if model.uses("mlp"):
         _at_least(config, 1, "model.mlp.d_ff")
-        _one_of("model.mlp.activation", model.mlp.activation, ("relu", "gelu", "swiglu"))
+        _one_of("model.mlp.activation", model.mlp.activation, config_lib.ACTIVATIONS)
     if model.uses("moe"):
         _validate_moe(model.moe, config)
 
 
 def _validate_moe(moe: config_lib.MoeConfig, config: config_lib.Config) -> None:
-    _at_least(config, 1, "model.moe.num_experts", "model.moe.top_k", "model.moe.d_expert")
+    _one_of("model.moe.router", moe.router, tuple(config_lib.ROUTERS))
+    router, choices = config_lib.ROUTERS[moe.router], moe.num_choices
+    _at_least(config, 1, "model.moe.num_experts", "model.moe.d_expert", "model.moe.slots_per_expert")
+    _at_least(config, 0, "model.moe.top_k", "model.moe.num_shared_experts", "model.moe.group_size")
     _require(
-        moe.top_k <= moe.num_experts,
-        f"model.moe.top_k={moe.top_k} is more than model.moe.num_experts={moe.num_experts}; "
+        choices <= moe.num_experts,
+        f"model.moe.top_k={choices} is more than model.moe.num_experts={moe.num_experts}; "
         f"set top_k to {moe.num_experts} or less",
     )
-    _one_of("model.moe.activation", moe.activation, ("relu", "gelu", "swiglu"))
-    _at_least(config, 0, "model.moe.capacity_factor", "model.moe.eval_capacity_factor", "model.moe.group_size")
-    _at_least(config, 0, "model.moe.balance_weight")
+    _require(
+        not (router.fixed and moe.top_k not in (0, router.top_k)),
+        f"model.moe.top_k={moe.top_k} is not for router={moe.router}, which has its own number of experts a token; "
+        "leave it at 0, or set router=top_k",
+    )
+    _one_of("model.moe.activation", moe.activation, config_lib.ACTIVATIONS)
+    _one_of("model.moe.normalise_gates", moe.normalise_gates, ("none", "before", "after"))
+    _require(
+        moe.normalise_gates == "none" or moe.router in ("top_k", "gshard"),
+        f"model.moe.normalise_gates={moe.normalise_gates} is not for router={moe.router}; set it to none",
+    )
+    normalised = moe.router in ("noisy_top_k", "sigmoid_bias") or (
+        moe.router == "top_k" and moe.normalise_gates != "none"
+    )
+    _require(
+        not (normalised and choices == 1 < moe.num_experts),
+        f"model.moe.top_k=1 makes every gate of router={moe.router} the same whatever the router says, so that the "
+        "language-model loss would never train it; set top_k to 2 or more"
+        + (", or normalise_gates=none" if moe.router == "top_k" else ""),
+    )
+    _at_least(config, 0, "model.moe.capacity_factor", "model.moe.eval_capacity_factor", "model.moe.noise_epsilon")
+    _at_least(config, 0, "model.moe.bias_rate", "model.moe.relu_coefficient", "model.moe.second_threshold")
+    _positive(config, "model.moe.gate_scale")
+    for path, minimum in (("model.moe.expert_dropout", 0), ("model.moe.jitter", 0)):
+        _require(minimum <= _get(config, path) < 1, f"{path}={_get(config, path)} must lie in [0, 1); change it")
+    _require(
+        moe.relu_multiplier > 1,
+        f"model.moe.relu_multiplier={moe.relu_multiplier} must be over 1 (ReMoE: 1.2); raise it",
+    )
+    _validate_dispatch(moe, router)
+    if moe.router in ("group_limited", "sigmoid_bias"):
+        _at_least(config, 1, "model.moe.num_groups", "model.moe.top_groups")
+        _require(
+            moe.num_experts % moe.num_groups == 0,
+            f"model.moe.num_groups={moe.num_groups} does not divide model.moe.num_experts={moe.num_experts}; "
+            "change one of them",
+        )
+        _require(
+            moe.top_groups <= moe.num_groups,
+            f"model.moe.top_groups={moe.top_groups} is more than model.moe.num_groups={moe.num_groups}; lower it",
+        )
+        reachable = moe.top_groups * (moe.num_experts // moe.num_groups)
+        _require(
+            choices <= reachable,
+            f"model.moe.top_k={choices} is more than the {reachable} experts of model.moe.top_groups={moe.top_groups} "
+            "groups; lower it or raise top_groups",
+        )
+    if moe.router == "hash":
+        _require(
+            moe.hash_table in ("random", "balanced") or moe.hash_table.endswith(".npy"),
+            f"model.moe.hash_table={moe.hash_table} is not known; choose random, balanced or a FILE.npy",
+        )
+    _one_of("model.moe.layer_reduction", moe.layer_reduction, ("mean", "sum"))
+    for name in config_lib.MOE_LOSSES:
+        weight = getattr(moe, f"{name}_weight")
+        _require(
+            0 <= weight < math.inf or weight == -1,
+            f"model.moe.{name}_weight={weight} must be 0 or more, and finite, or -1 for the router's own; change it",
+        )
+        _require(
+            name in router.losses or weight in (-1, 0),
+            f"model.moe.{name}_weight={weight} has no effect with router={moe.router}; set it to -1",
+        )
+
+
+def _validate_dispatch(moe: config_lib.MoeConfig, router: config_lib.Router) -> None:
+    _one_of("model.moe.dispatch", moe.dispatch, ("auto", "capacity", "dropless"))
+    _one_of("model.moe.grouped_matmul", moe.grouped_matmul, ("auto", "blocked", "ragged_dot"))
+    _one_of("model.moe.capacity_order", moe.capacity_order, ("auto", "tokens", "choices", "priority"))
+    _require(
+        router.sparse or moe.dispatch == "auto",
+        f"model.moe.dispatch={moe.dispatch} is not for router={moe.router}, which dispatches no token; set it to auto",
+    )
+    _require(
+        router.sparse or moe.expert_dropout == 0,
+        f"model.moe.expert_dropout={moe.expert_dropout} is not for router={moe.router}, which dispatches no token; "
+        "set it to 0",
+    )
+    _require(
+        moe.router != "expert_choice" or moe.dispatch != "dropless",
+        "model.moe.dispatch=dropless is not for router=expert_choice, whose experts each take as many tokens as their "
+        "capacity; set it to auto",
+    )
+    _require(
+        moe.router != "expert_choice" or (moe.capacity_factor > 0 and moe.eval_capacity_factor > 0),
+        "model.moe.capacity_factor=0 would let each expert of router=expert_choice take every token; "
+        "set both capacity factors above 0 (arXiv 2202.09368: 2)",
+    )
+
+
+def _validate_causal(model: config_lib.ModelConfig, config: config_lib.Config) -> None:
+    """What reads the future may not predict it."""
+    objective = config.data.objective
+    _require(
+        model.causal or objective != "next_token",
+        "model.causal=False would let the model read the tokens that it predicts with data.objective=next_token; "
+        "set model.causal=True",
+    )
+    if not (model.causal and model.uses("moe")):
+        return
+    router = model.moe.router
+    _require(
+        config_lib.ROUTERS[router].causal,
+        f"model.moe.router={router} chooses among all tokens of a group, so in a causal model a token's output would "
+        "depend on the tokens it predicts; use top_k, switch or sigmoid_bias, or an encoder (model.causal=False)",
+    )
+    _require(
+        model.moe.capacity_order != "priority",
+        "model.moe.capacity_order=priority gives slots to the most certain tokens of a group, so in a causal model a "
+        "token's output would depend on later tokens; use capacity_order=tokens, or an encoder (model.causal=False)",
+    )
+
+
+def _validate_labels(config: config_lib.Config) -> None:
+    data, kind = config.data, config.data.source.partition(":")[0]
+    _require(
+        data.label in ("", "folder") or (data.label.startswith("field:") and len(data.label) > len("field:")),
+        f"data.label={data.label} is not known; write field:NAME, folder, or leave it empty for the corpus's own",
+    )
+    if config.model.uses("moe") and config.model.moe.router == "label":
+        _require(
+            kind in config_lib.CORPORA or (data.label != "" and kind != "prepared"),
+            f"model.moe.router=label needs a label for each document, and data.source={data.source} has none; "
+            "set data.label=field:NAME or folder, or use a source with labels (wikipedia has topics)",
+        )
 
 
 def _validate_data(config: config_lib.Config) -> None:

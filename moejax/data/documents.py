@@ -1,6 +1,7 @@
 """Tokenised documents, held in memory or tokenised whenever they are read."""
 
 import dataclasses
+import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,7 @@ class InMemory(Sequence[np.ndarray]):
     offsets: np.ndarray  # int64, document i is tokens[offsets[i] : offsets[i + 1]]
     num_bytes: int  # of the texts in UTF-8
     num_blank: int = 0  # texts without a token, left out
+    indices: np.ndarray | None = None  # int64, of the texts that they are; None: of all
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -57,6 +59,15 @@ class OnTheFly(Sequence[np.ndarray]):
         return encode(self.tokenizer, self.texts[index])
 
 
+def digest(*sides: InMemory) -> str:
+    """Of every token of these documents."""
+    state = hashlib.blake2b(digest_size=16)
+    for side in sides:
+        state.update(side.offsets.tobytes())
+        state.update(side.tokens.tobytes())
+    return state.hexdigest()
+
+
 def encode(tokenizer: tokenizers.Tokenizer, text: str) -> np.ndarray:
     """The int32 tokens of a text; none of a blank one."""
     return np.array(tokenizer.encode(text) if text.strip() else [], np.int32)
@@ -66,21 +77,23 @@ def tokenize(texts: Iterable[str], tokenizer: tokenizers.Tokenizer) -> InMemory:
     """The documents of these texts, in their order; those without a token are counted and left out."""
     parts: list[np.ndarray] = []
     lengths: list[int] = []
-    num_bytes = num_blank = 0
+    indices: list[int] = []
+    num_bytes = num_seen = 0
     remaining = iter(texts)
     while chunk := list(itertools.islice(remaining, _CHUNK)):
         ids = tokenizer.encode_batch([text if text.strip() else "" for text in chunk])
-        for text, document in zip(chunk, ids, strict=True):
+        for index, (text, document) in enumerate(zip(chunk, ids, strict=True), start=num_seen):
             if document:
                 lengths.append(len(document))
+                indices.append(index)
                 num_bytes += len(text.encode())
-            else:
-                num_blank += 1
+        num_seen += len(chunk)
         count = sum(map(len, ids))
         parts.append(np.fromiter(itertools.chain.from_iterable(ids), np.int32, count=count))
     return InMemory(
         tokens=np.concatenate([np.zeros(0, np.int32), *parts]),
         offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
         num_bytes=num_bytes,
-        num_blank=num_blank,
+        num_blank=num_seen - len(indices),
+        indices=np.array(indices, np.int64),
     )

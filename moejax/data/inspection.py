@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from moejax import config as config_lib
+from moejax.data import labels as labels_lib
 from moejax.data import packing, pipeline, tokenizers
 
 MAX_ROWS = 1024  # looked at for the figures
 MAX_DOCUMENTS = 10_000
+MAX_LABELS = 20  # shown
 
 _BOUNDARY, _SENTINEL, _DIM, _RESET = "\x1b[36m", "\x1b[33;1m", "\x1b[2m", "\x1b[0m"
 
@@ -32,6 +34,8 @@ class Summary:
     repeated: float  # share of those looked at whose tokens are those of an earlier one
     tokens_per_document: dict[str, float]  # mean, p10, p50, p90, max
     histogram: list[tuple[int, int]]  # (fewest tokens, documents) of lengths from a power of two to below the next
+    labels: dict[str, int]  # documents of each label, the most frequent first; read on the fly: of those looked at
+    unlisted: int  # and of those not in data.labels
 
 
 def summarise(data: pipeline.Data, config: config_lib.DataConfig) -> Summary:
@@ -51,11 +55,15 @@ def summarise(data: pipeline.Data, config: config_lib.DataConfig) -> Summary:
             streams_of.append(streams)
     parts = [stream for streams in streams_of for stream in streams]
     stored = getattr(data.train, "documents", None)
+    places = data.train_labels if data.train_labels is not None else []
     if stored is None:
         looked_at: Sequence[np.ndarray] = parts[:MAX_DOCUMENTS]
     else:
-        step = max(1, len(stored) // MAX_DOCUMENTS)
-        looked_at = [stored[index] for index in range(0, len(stored), step)][:MAX_DOCUMENTS]
+        indices = range(0, len(stored), max(1, len(stored) // MAX_DOCUMENTS))[:MAX_DOCUMENTS]
+        looked_at = [stored[index] for index in indices]
+        if isinstance(places, labels_lib.Lookup):
+            places = [places[index] for index in indices]
+    count_of = labels_lib.counts(data.labels, places)
     lengths = np.array([len(tokens) for tokens in looked_at])
     texts = [hashlib.blake2b(tokens.tobytes(), digest_size=16).digest() for tokens in looked_at if len(tokens)]
     positive = lengths[lengths > 0]
@@ -75,6 +83,8 @@ def summarise(data: pipeline.Data, config: config_lib.DataConfig) -> Summary:
         repeated=1 - len(set(texts)) / max(len(texts), 1),
         tokens_per_document=_quantiles(positive),
         histogram=[(2**power, int(count)) for power, count in enumerate(bins) if count],
+        labels=count_of,
+        unlisted=len(places) - sum(count_of.values()),
     )
 
 
@@ -104,7 +114,19 @@ def show_summary(summary: Summary) -> str:
     largest = max((count for _, count in summary.histogram), default=1)
     for fewest, count in summary.histogram:
         lines.append(f"{fewest:>9,} to {2 * fewest - 1:<9,} {count:>7,} {'█' * round(40 * count / largest)}")
+    if summary.labels:
+        lines.append(_show_labels(summary))
     return "\n".join(lines)
+
+
+def _show_labels(summary: Summary) -> str:
+    shown = [f"{name} {count:,}" for name, count in list(summary.labels.items())[:MAX_LABELS]]
+    if len(summary.labels) > MAX_LABELS:
+        shown.append(f"and {len(summary.labels) - MAX_LABELS} more")
+    if summary.unlisted:
+        shown.append(f"{summary.unlisted:,} with none of these")
+    total = sum(summary.labels.values()) + summary.unlisted
+    return f"labels of {total:,} documents: {', '.join(shown)}"
 
 
 # --- rows as text --------------------------------------------------------------------------------------------------

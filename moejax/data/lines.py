@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -20,42 +21,55 @@ class JsonLines:
 
     num_skipped = 0
 
-    def __init__(self, file: storage.File, text_field: str):
+    def __init__(self, file: storage.File, text_field: str, label_field: str = ""):
         """Raises config.ConfigError if the file is cut short or damaged, or its first line is no JSON object."""
         self.file = file
-        self._text_field = text_field
+        self._text_field, self._label_field = text_field, label_field
         self._bounds = self._index()
 
     def __len__(self) -> int:
         return self._bounds.num_ints - 1
 
     def text(self, i: int) -> str:
-        start, stop = self._bounds.ints(i, 2).tolist()  # of line i and any blank ones after it
-        return self._text_of(self._read(start, stop, i), i)
+        return self._string(self._row(i), i, self._text_field, "text")
 
-    def _text_of(self, raw: bytes, i: int) -> str:
+    def labelled(self, i: int) -> tuple[str, str]:
+        row = self._row(i)
+        return self._string(row, i, self._text_field, "text"), self._string(row, i, self._label_field, "label")
+
+    def _row(self, i: int) -> dict[str, Any]:
+        start, stop = self._bounds.ints(i, 2).tolist()  # of line i and any blank ones after it
+        raw = self._read(start, stop, i)
         try:
             row = json.loads(raw.decode("utf-8-sig"))
-            if isinstance(row, dict) and isinstance(text := row.get(self._text_field), str):
-                text.encode()
-                return text
         except UnicodeDecodeError as error:
             what = f"{self._line(i)} is not UTF-8 at its byte {error.start} ({error.reason})"
             raise storage.refusal(self.file, what, "convert it or leave it out") from None
-        except UnicodeEncodeError:  # "\ud800" is JSON, and no character
-            what = f"{self._line(i)} holds half of a surrogate pair, which is no valid Unicode"
-            raise storage.refusal(self.file, what, "mend it or leave the file out") from None
         except (ValueError, RecursionError) as error:
             what = f"{self._line(i)} is no JSON object ({_reason(error)})"
             raise storage.refusal(self.file, what, "give one object a line") from None
         if not isinstance(row, dict):
             what = f"{self._line(i)} is a JSON {type(row).__name__} and no object"
             raise storage.refusal(self.file, what, "give one object a line")
-        if self._text_field not in row:
-            raise storage.no_field(self.file, self._line(i), self._text_field, row)
-        kind = type(row[self._text_field]).__name__
-        what = f"{self._line(i)} has {kind} in the field {self._text_field!r}, which must hold a string"
-        raise storage.refusal(self.file, what, "name another in data.text_field")
+        return row
+
+    def _string(self, row: dict[str, Any], i: int, field: str, role: str) -> str:
+        """The text or the label; a label may be an integer."""
+        if field not in row:
+            raise storage.no_field(self.file, self._line(i), field, row, role)
+        value = row[field]
+        if role == "label" and type(value) is int:  # true and false, which are of int too, are no labels
+            return str(value)
+        if not isinstance(value, str):
+            wanted = "a string" if role == "text" else "a string or an integer"
+            what = f"{self._line(i)} has {type(value).__name__} in the field {field!r}, which must hold {wanted}"
+            raise storage.refusal(self.file, what, f"name another in {storage.SETTINGS[role]}")
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # "\ud800" is JSON, and no character
+            what = f"{self._line(i)} holds half of a surrogate pair, which is no valid Unicode"
+            raise storage.refusal(self.file, what, "mend it or leave the file out") from None
+        return value
 
     def _line(self, i: int) -> str:
         """Its number from 1 on, counted only when it is wanted, since blank lines are not in the index."""
@@ -166,8 +180,11 @@ def _is_object(line: bytes) -> bool:
 class Text:
     """A text file: one document, or several if it is longer than MAX_TEXT; blank pieces are skipped."""
 
-    def __init__(self, file: storage.File, text_field: str = ""):
-        """Raises config.ConfigError if the file is not UTF-8."""
+    def __init__(self, file: storage.File, text_field: str = "", label_field: str = ""):
+        """Raises config.ConfigError if the file is not UTF-8, or a field is asked for: it has none."""
+        if label_field:
+            what = f"is text, which has no field {label_field!r} to be the label"
+            raise storage.refusal(file, what, "set data.label=folder, or name files of records")
         self.file = file
         text = storage.decode(file, "", b"".join(storage.blocks(file)))
         self.num_skipped = 0
@@ -187,6 +204,9 @@ class Text:
     def text(self, i: int) -> str:
         start, stop = self._bounds[i]
         return storage.decode(self.file, f"document {i}", storage.read(self.file, start, stop - start))
+
+    def labelled(self, i: int) -> tuple[str, str]:
+        return self.text(i), ""
 
 
 def _cut(text: str, limit: int) -> Iterator[str]:

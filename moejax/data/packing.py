@@ -11,7 +11,7 @@ was made with, and reads documents only when a row is asked for.
 
 import bisect
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -22,8 +22,16 @@ from moejax.data import corruption, randomness
 MAX_BLANK = 4096  # blank documents that `Sample` draws for a row before it gives up
 
 Piece = tuple[int, int, int]  # (document, first unit, last unit + 1)
-Streams = list[np.ndarray]  # of int32 tokens: a row's parts of documents, from its first slot on
 Arrays = dict[str, np.ndarray]
+LabelIds = Sequence[int] | np.ndarray  # by document
+
+
+class Streams(list[np.ndarray]):
+    """A row's parts of documents, int32 tokens each, from its first slot on."""
+
+    def __init__(self, streams: Iterable[np.ndarray] = (), documents: Iterable[int] = ()):
+        super().__init__(streams)
+        self.documents = list(documents)  # which each is a part of; [] for rows packed beforehand, which don't say
 
 
 class Documents(Protocol):
@@ -68,38 +76,44 @@ class NextToken:
         end = np.array([self.end_of_text], np.int32)
         return np.concatenate([end, tokens, end])
 
-    def arrays(self, streams: Streams, index: int) -> Arrays:
+    def arrays(self, streams: Streams, index: int, labels: LabelIds | None = None) -> Arrays:
         """The arrays of one row, each of shape [L].
 
         Args:
           streams: what lies in the row, from its first slot on; at most L pairs.
           index: not used; see `SpanCorruption.arrays`.
+          labels: of every document, by number; None: they have none.
 
         Returns:
           inputs_L, targets_L int32: the pairs; padding holds EOT.
           segment_ids_L int32: 1, 2, ... by stream, or 1 everywhere without isolation; 0 is padding.
           positions_L int32: from 0 within each segment; 0 in padding.
           loss_mask_L bool: which targets count, all but padding.
+          labels_L int32, if there are labels: that of the document whose pair it is; -1 in padding.
         """
         inputs_L = np.full(self.row_length, self.end_of_text, np.int32)
         targets_L = np.full(self.row_length, self.end_of_text, np.int32)
         segment_ids_L = np.zeros(self.row_length, np.int32)
         positions_L = np.zeros(self.row_length, np.int32)
+        labels_L = np.full(self.row_length, -1, np.int32)
         slot = 0
         for segment, stream in enumerate(streams, start=1):
             end = slot + len(stream) - 1
+            if labels is not None:
+                labels_L[slot:end] = labels[streams.documents[segment - 1]]
             inputs_L[slot:end] = stream[:-1]
             targets_L[slot:end] = stream[1:]
             segment_ids_L[slot:end] = segment if self.isolate else 1
             positions_L[slot:end] = np.arange(end - slot) if self.isolate else np.arange(slot, end)
             slot = end
-        return {
+        row = {
             "inputs_L": inputs_L,
             "targets_L": targets_L,
             "segment_ids_L": segment_ids_L,
             "positions_L": positions_L,
             "loss_mask_L": segment_ids_L > 0,
         }
+        return row if labels is None else row | {"labels_L": labels_L}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,8 +139,11 @@ class SpanCorruption:
         """The stream of a whole document."""
         return tokens
 
-    def arrays(self, streams: Streams, index: int) -> Arrays:
-        """The arrays of one row; the spans are drawn by `index`, which grows from row to row and epoch to epoch."""
+    def arrays(self, streams: Streams, index: int, labels: LabelIds | None = None) -> Arrays:
+        """The arrays of one row; the spans are drawn by `index`, which grows from row to row and epoch to epoch.
+
+        Labels are not used: a corrupted row has none.
+        """
         num_units, targets_length = corruption.raw_length(self.inputs_length, self.noise_density, self.mean_span_length)
         tokens_N = np.concatenate([np.zeros(0, np.int32), *streams])
         assert len(tokens_N) <= num_units
@@ -240,7 +257,8 @@ class Sample:
 
     def _draw(self, row: int) -> Streams:
         overlap, num_units = self.objective.overlap, self.objective.num_units
-        wholes: Streams = []
+        wholes: list[np.ndarray] = []
+        drawn: list[int] = []
         total = longest = draw = 0
         bits = np.zeros(0, np.uint64)
         while total - longest <= num_units:
@@ -250,21 +268,23 @@ class Sample:
                     raise config_lib.ConfigError(
                         f"data.source: {draw} documents drawn at random are all blank; give documents with text"
                     )
-            index = randomness.below(bits[draw : draw + 1], len(self.documents))[0]
+            index = int(randomness.below(bits[draw : draw + 1], len(self.documents))[0])
             draw += 1
-            tokens = self.documents[int(index)]
+            tokens = self.documents[index]
             if len(tokens):
+                drawn.append(index)
                 wholes.append(self.objective.whole(tokens))
                 units = len(wholes[-1]) - overlap
                 total, longest = total + units, max(longest, units)
         start = int(randomness.below(randomness.bits(self.seed, "start", row, 1), total)[0]) + overlap
         # Pair k of the buffer [t1.., EOT, u1.., EOT] that wraps is (buffer[k - 1], buffer[k]).
-        streams, place = [], 0
-        for whole in wholes * 2:
+        streams, place = Streams(), 0
+        for index, whole in zip(drawn * 2, wholes * 2, strict=True):
             units = len(whole) - overlap
             first, last = max(start - place, 0), min(start + num_units - place, units)
             if first < last:
                 streams.append(whole[first : last + overlap])
+                streams.documents.append(index)
             place += units
         return streams
 
@@ -283,12 +303,15 @@ class Pad:
 
     def read(self, rows: Sequence[int]) -> list[Streams]:
         size = self.objective.num_units + self.objective.overlap
-        found = [self.documents[int(self.order[row])] for row in rows]
-        return [[self.objective.whole(tokens)[:size]] if len(tokens) else [] for tokens in found]
+        found = [(int(self.order[row]), self.documents[int(self.order[row])]) for row in rows]
+        return [
+            Streams([self.objective.whole(tokens)[:size]], [i]) if len(tokens) else Streams() for i, tokens in found
+        ]
 
 
 def _streams(documents: Documents, pieces: Sequence[Piece], objective: Objective) -> Streams:
-    return [objective.whole(documents[document])[start : stop + objective.overlap] for document, start, stop in pieces]
+    parts = (objective.whole(documents[i])[start : stop + objective.overlap] for i, start, stop in pieces)
+    return Streams(parts, (document for document, _, _ in pieces))
 
 
 def best_fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[tuple[Piece, ...]]:

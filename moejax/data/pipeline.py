@@ -2,14 +2,14 @@
 
 It does not depend on how many hosts read it, each its part, nor on the number of workers, nor on where a run stopped:
 the state of the pipeline is the step. A batch is a dict of arrays of shape [B, L], as `packing.NextToken.arrays` or
-`corruption.row` define them for a row.
+`corruption.row` define them for a row; labels_BL only where documents have labels.
 """
 
 import dataclasses
 import functools
-import hashlib
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -17,6 +17,7 @@ from absl import flags
 
 from moejax import config as config_lib
 from moejax.data import cache, corpora, corruption, documents, packing, prepared, randomness, sources, tokenizers
+from moejax.data import labels as labels_lib
 
 Batch = packing.Arrays
 
@@ -41,8 +42,11 @@ class Data:
     num_documents: int  # to train on
     num_tokens: int | None  # of them, their ends included; None where nobody has counted
     num_left_out: int | None  # blank documents and entries that can't be read, of both sides; None: not counted
+    labels: tuple[str, ...] = ()  # what documents are labelled with; () if they are not, or rows don't carry it
+    train_labels: packing.LabelIds | None = None  # by document: place in labels; -1: not there; None: no labels
+    validation_labels: packing.LabelIds | None = None
 
-    def describe(self) -> dict[str, int | str | None]:
+    def describe(self) -> dict[str, Any]:
         """Sizes and the digest, for a run's folder."""
         return {
             "digest": self.digest,
@@ -52,6 +56,7 @@ class Data:
             "validation_tokens": self.validation.num_targets,
             "vocab_size": self.tokenizer.vocab_size,
             "left_out": self.num_left_out,
+            "labels": list(self.labels),
         }
 
 
@@ -68,6 +73,7 @@ def load(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenizer | None =
     Raises:
       config.ConfigError: the data can't be read, or are not what the config says.
     """
+    labels_lib.check(config)
     if config.source.startswith("prepared:"):
         return _load_prepared(config, tokenizer)
     texts = open_texts(config)
@@ -91,16 +97,20 @@ def load(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenizer | None =
         _require_documents(len(train), "training", "data.source")
         lengths = train.lengths
         num_left_out = texts.num_skipped + train.num_blank + validation.num_blank
-        digest = _digest(train, validation)
+        digest = documents.digest(train, validation)
+    labels = labels_lib.load(config, (texts.train, train), (texts.validation, validation), MAX_IN_MEMORY)
     return Data(
         tokenizer=tokenizer,
         objective=objective,
         train=_train_packer(config, train, lengths, objective),
         validation=validation,
-        digest=digest,
+        digest=labels.digest(digest, config),
         num_documents=len(train),
         num_tokens=_num_targets(config, lengths),
         num_left_out=num_left_out,
+        labels=labels.names,
+        train_labels=labels.train,
+        validation_labels=labels.validation,
     )
 
 
@@ -201,7 +211,9 @@ def open_texts(config: config_lib.DataConfig) -> Texts:
 def _open_source(config: config_lib.DataConfig, spec: str, split: str = "train") -> sources.Source:
     if spec in config_lib.CORPORA:
         return corpora.load(spec)
-    return sources.open_source(spec, split=split, text_field=config.text_field, tfds_dir=config.tfds_dir)
+    return sources.open_source(
+        spec, split=split, text_field=config.text_field, label=config.label, tfds_dir=config.tfds_dir
+    )
 
 
 def _check_in_memory(source: sources.Source, why: str, remedy: str) -> None:
@@ -210,15 +222,6 @@ def _check_in_memory(source: sources.Source, why: str, remedy: str) -> None:
             f"data.source has {source.num_bytes / 1e9:.0f} GB of files, over {MAX_IN_MEMORY / 1e9:.0f} GB, and {why}; "
             f"{remedy}"
         )
-
-
-def _digest(train: documents.InMemory, validation: documents.InMemory) -> str:
-    """Of every token of both sides."""
-    state = hashlib.blake2b(digest_size=16)
-    for side in (train, validation):
-        state.update(side.offsets.tobytes())
-        state.update(side.tokens.tobytes())
-    return state.hexdigest()
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
@@ -320,7 +323,8 @@ class TrainBatches(Sequence[Batch]):
                 f"data.batch_size={config.batch_size} does not divide over {num_hosts} hosts; "
                 f"set it to a multiple of {num_hosts}"
             )
-        self._packer, self._objective, self._seed = data.train, data.objective, config.seed
+        self._packer, self._objective, self._labels = data.train, data.objective, data.train_labels
+        self._seed = config.seed
         self._batch_size, self._host, self._part = config.batch_size, host, config.batch_size // num_hosts
 
     def __len__(self) -> int:
@@ -328,9 +332,11 @@ class TrainBatches(Sequence[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         first = step * self._batch_size + self._host * self._part
-        indices = range(first, first + self._part)
-        streams = self._packer.read([self._row(index) for index in indices])
-        return packing.batch([self._objective.arrays(*pair) for pair in zip(streams, indices, strict=True)])
+        rows = []
+        for index in range(first, first + self._part):  # one by one: labels are looked up while records are at hand
+            (streams,) = self._packer.read([self._row(index)])
+            rows.append(self._objective.arrays(streams, index, self._labels))
+        return packing.batch(rows)
 
     def _row(self, index: int) -> int:
         """The row that is read at this place of the endless sequence of rows."""
@@ -379,5 +385,6 @@ def validation_batches(data: Data, config: config_lib.DataConfig, num_batches: i
     for start in starts[: num_batches or None]:
         indices = range(start, start + config.batch_size)
         streams = packer.read([index for index in indices if index < packer.num_rows])
-        streams += [[]] * (config.batch_size - len(streams))
-        yield packing.batch([data.objective.arrays(*pair) for pair in zip(streams, indices, strict=True)])
+        streams += [packing.Streams()] * (config.batch_size - len(streams))
+        of_rows = zip(streams, indices, strict=True)
+        yield packing.batch([data.objective.arrays(*row, data.validation_labels) for row in of_rows])

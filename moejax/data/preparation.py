@@ -68,6 +68,11 @@ def prepare(
         raise config_lib.ConfigError(
             "--form=rows cannot hold data.packing=sample, whose rows have no end; use --form=documents"
         )
+    if config.label or config.labels:
+        raise config_lib.ConfigError(
+            f"data.{'label' if config.label else 'labels'} is set and a prepared folder holds no labels; leave it "
+            "empty, or train on the files themselves"
+        )
     texts = pipeline.open_texts(config)
     num_shards = num_shards or max(1, -(-texts.train.num_bytes // SHARD_BYTES))
     if num_shards > len(texts.train):

@@ -57,7 +57,7 @@ def decode_row(record: bytes, token_type: np.dtype) -> packing.Streams:
     count = int(np.frombuffer(record, _HEADER, count=1)[0])
     lengths = np.frombuffer(record, _HEADER, count=count, offset=_HEADER.itemsize)
     tokens = np.frombuffer(record, token_type, offset=_HEADER.itemsize * (count + 1)).astype(np.int32)
-    return np.split(tokens, np.cumsum(lengths)[:-1]) if count else []
+    return packing.Streams(np.split(tokens, np.cumsum(lengths)[:-1]) if count else ())
 
 
 @dataclasses.dataclass(frozen=True)

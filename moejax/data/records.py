@@ -16,7 +16,8 @@ from moejax.data import storage
 
 
 # What is read of https://github.com/tensorflow/tensorflow/blob/master/tensorflow/core/example/example.proto; the parser
-# steps over numbers in fields beside the text. A package of its own, so that it can't clash with TensorFlow's.
+# steps over numbers in fields beside the text: integers stay an Int64List's bytes until a label is taken from them. A
+# package of its own, so that it can't clash with TensorFlow's.
 _EXAMPLE = """
   name: "example.proto"  package: "moejax"  syntax: "proto3"
   message_type {
@@ -35,61 +36,86 @@ _EXAMPLE = """
   message_type {
     name: "Feature"
     field { name: "bytes_list" number: 1 label: LABEL_OPTIONAL type: TYPE_MESSAGE type_name: ".moejax.BytesList" }
+    field { name: "int64_list" number: 3 label: LABEL_OPTIONAL type: TYPE_BYTES }
   }
   message_type {
     name: "BytesList"
     field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES }
   }
+  message_type {
+    name: "Int64List"
+    field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 }
+  }
 """
 
 
-def _example_class() -> Any:
+def _message_classes() -> tuple[Any, Any]:
     pool = descriptor_pool.DescriptorPool()
     pool.Add(text_format.Parse(_EXAMPLE, descriptor_pb2.FileDescriptorProto()))
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("moejax.Example"))
+    names = ("moejax.Example", "moejax.Int64List")
+    example, int64_list = (message_factory.GetMessageClass(pool.FindMessageTypeByName(name)) for name in names)
+    return example, int64_list
 
 
-_Example = _example_class()
+_Example, _Int64List = _message_classes()
 
 
-def example_text(file: storage.File, i: int, record: bytes, text_field: str) -> str:
-    """The text in record i of a file.
+class _Examples:
+    """The documents of a file of Examples, whatever the file's form."""
 
-    Raises:
-      config.ConfigError: it is no Example, has no such field, or holds anything there but one text in UTF-8.
-    """
-    try:
-        features = {entry.key: entry.value for entry in _Example.FromString(record).features.feature}
-    except message.DecodeError:
-        raise storage.refusal(file, f"record {i} is no tf.train.Example", "name files of Examples") from None
-    if text_field not in features:
-        raise storage.no_field(file, f"record {i}", text_field, features)
-    values = features[text_field].bytes_list.value
-    if len(values) != 1:
-        what = f"record {i} holds {len(values)} texts in the field {text_field!r}, which must hold one"
-        raise storage.refusal(file, what, "name another in data.text_field")
-    return storage.decode(file, f"record {i}", values[0])
+    file: storage.File
+    num_skipped = 0
+    _text_field: str
+    _label_field: str
+
+    def text(self, i: int) -> str:
+        return self._string(self._features(i), i, self._text_field, "text")
+
+    def labelled(self, i: int) -> tuple[str, str]:
+        row = self._features(i)
+        return self._string(row, i, self._text_field, "text"), self._string(row, i, self._label_field, "label")
+
+    def _record(self, i: int) -> bytes:
+        raise NotImplementedError
+
+    def _features(self, i: int) -> dict[str, Any]:
+        """By name. Raises config.ConfigError if the record is no Example."""
+        record = self._record(i)
+        try:
+            return {entry.key: entry.value for entry in _Example.FromString(record).features.feature}
+        except message.DecodeError:
+            raise storage.refusal(self.file, f"record {i} is no tf.train.Example", "name files of Examples") from None
+
+    def _string(self, features: dict[str, Any], i: int, field: str, role: str) -> str:
+        """The text or the label, which must be one string in UTF-8; a label may be an integer."""
+        if field not in features:
+            raise storage.no_field(self.file, f"record {i}", field, features, role)
+        values = list(features[field].bytes_list.value)
+        if role == "label":
+            values += [str(number).encode() for number in _Int64List.FromString(features[field].int64_list).value]
+        if len(values) != 1:
+            what = f"record {i} holds {len(values)} {role}s in the field {field!r}, which must hold one"
+            raise storage.refusal(self.file, what, f"name another in {storage.SETTINGS[role]}")
+        return storage.decode(self.file, f"record {i}", values[0])
 
 
 # --- ArrayRecord ---------------------------------------------------------------------------------------------------
 
 
-class ArrayRecord:
+class ArrayRecord(_Examples):
     """An ArrayRecord file of Examples; see `array_record_reader`."""
 
-    num_skipped = 0
-
-    def __init__(self, file: storage.File, text_field: str):
+    def __init__(self, file: storage.File, text_field: str, label_field: str = ""):
         """Raises config.ConfigError if the file is cut short, or is no ArrayRecord file."""
         self.file = file
-        self._text_field = text_field
+        self._text_field, self._label_field = text_field, label_field
         self._num_records = array_record_reader(file).num_records()
 
     def __len__(self) -> int:
         return self._num_records
 
-    def text(self, i: int) -> str:
-        return example_text(self.file, i, read(self.file, i), self._text_field)
+    def _record(self, i: int) -> bytes:
+        return read(self.file, i)
 
 
 def read(file: storage.File, i: int, remedy: str = "fetch the file again") -> bytes:
@@ -138,32 +164,30 @@ def masked_crc(data: bytes) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-class TfRecord:
+class TfRecord(_Examples):
     """A TFRecord file: each record is its length (8 bytes), a CRC of that, the payload, and a CRC of that.
 
     The format has no index: one is made from the lengths, in a pass over the file, and cached. So a cut or a damaged
     length shows when the file is opened; the CRC of a payload is checked whenever it is read.
     """
 
-    num_skipped = 0
-
-    def __init__(self, file: storage.File, text_field: str):
+    def __init__(self, file: storage.File, text_field: str, label_field: str = ""):
         """Raises config.ConfigError if the file is cut short, damaged, or no TFRecord file."""
         self.file = file
-        self._text_field = text_field
+        self._text_field, self._label_field = text_field, label_field
         self._bounds = storage.index(file, "tfrecord", lambda: (_record_bounds(file), b""))
 
     def __len__(self) -> int:
         return self._bounds.num_ints - 1
 
-    def text(self, i: int) -> str:
+    def _record(self, i: int) -> bytes:
         start, stop = self._bounds.ints(i, 2).tolist()
         record = storage.read(self.file, start, stop - start)
         payload = record[_HEAD : -_CRC.size]
         (crc,) = _CRC.unpack(record[-_CRC.size :])
         if masked_crc(payload) != crc:
             raise storage.refusal(self.file, f"record {i} is damaged: its CRC does not match")
-        return example_text(self.file, i, payload, self._text_field)
+        return payload
 
 
 def _record_bounds(file: storage.File) -> np.ndarray:

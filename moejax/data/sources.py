@@ -1,5 +1,6 @@
 """Sources: random-access sequences of text documents out of files, local or remote, in the forms people have C4 in."""
 
+import functools
 import glob
 import hashlib
 import os
@@ -19,6 +20,7 @@ FOLDER_SUFFIXES = (".txt", ".md")  # a folder stands for these of its files
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4")  # never text
 _BEGINNING = 2**16  # bytes of a file that its fingerprint covers
+_NUM_RECENT = 256  # records whose label is likely to be asked for soon after their text
 _NUM_OPENERS = 16  # files opened at a time: opening waits for a disk or a network
 
 
@@ -37,12 +39,21 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Of the files' names, sizes and first bytes, not of their folders, and of the text field."""
+        """Of the files' names, sizes and first bytes, not of their folders, and of the text field and the label."""
         ...
 
     @property
     def paths(self) -> frozenset[str]:
         """Of the files."""
+        ...
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether every document has one."""
+        ...
+
+    def label(self, index: int, /) -> str | None:
+        """What a document is labelled with; None where documents have no labels. Raises as `__getitem__` does."""
         ...
 
     def __len__(self) -> int: ...
@@ -65,12 +76,18 @@ class Shard(Protocol):
     file: storage.File
     num_skipped: int
 
-    def __init__(self, file: storage.File, text_field: str): ...
+    def __init__(self, file: storage.File, text_field: str, label_field: str = ""): ...
     def __len__(self) -> int: ...
     def text(self, i: int) -> str: ...
 
+    def labelled(self, i: int) -> tuple[str, str]:
+        """The text and the label; not to be called without a label field."""
+        ...
 
-def open_source(spec: str, *, split: str = "train", text_field: str = "text", tfds_dir: str = "") -> Source:
+
+def open_source(
+    spec: str, *, split: str = "train", text_field: str = "text", label: str = "", tfds_dir: str = ""
+) -> Source:
     """The documents that a spec names.
 
     - files:PATTERN[,PATTERN...]: paths and glob patterns, local or with a protocol (gs://, s3://, hf://, ...). Files
@@ -85,6 +102,7 @@ def open_source(spec: str, *, split: str = "train", text_field: str = "text", tf
       spec: as above.
       split: of a tfds: data set; `files:` has none, and reads all its files.
       text_field: which field, key or column of a record is the text; text files have none.
+      label: field:NAME, that field of a record, or folder, the name of the folder that a file lies in; "" for none.
       tfds_dir: the folder of the data sets; "" is $TFDS_DATA_DIR, else ~/tensorflow_datasets.
 
     Raises:
@@ -100,7 +118,8 @@ def open_source(spec: str, *, split: str = "train", text_field: str = "text", tf
             raise config_lib.ConfigError(
                 f"data.source={spec} is no source of files; write files:PATTERN or tfds:NAME/CONFIG:VERSION"
             )
-    return _Files(_open_all(files, text_field), text_field)
+    label_field = label.removeprefix("field:") if label.startswith("field:") else ""
+    return _Files(_open_all(files, text_field, label_field), text_field, label)
 
 
 def splits(spec: str, *, tfds_dir: str = "") -> tuple[str, ...]:
@@ -113,22 +132,42 @@ def splits(spec: str, *, tfds_dir: str = "") -> tuple[str, ...]:
 class _Files(Sequence[str]):
     """The documents of shards, one shard after another."""
 
-    def __init__(self, shards: Sequence[Shard], text_field: str):
-        self._shards = shards
+    def __init__(self, shards: Sequence[Shard], text_field: str, label: str):
+        self._shards, self._label = shards, label
         self._starts = np.cumsum([0, *map(len, shards)])
         self.num_bytes = sum(shard.file.size for shard in shards)
         self.num_skipped = sum(shard.num_skipped for shard in shards)
         self.paths = frozenset(shard.file.path for shard in shards)
         files = (part for shard in shards for part in (shard.file.name, str(shard.file.size)))
-        self.fingerprint = cache.digest([text_field, *files, *_beginnings(shards)])
+        labels = [label, *(shard.file.folder for shard in shards if label == "folder")] if label else []
+        self.fingerprint = cache.digest([text_field, *files, *_beginnings(shards), *labels])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> str:
+        shard, i = self._place(index)
+        return _labelled(shard, i)[0] if self._label.startswith("field:") else shard.text(i)
+
+    @property
+    def has_labels(self) -> bool:
+        return bool(self._label)
+
+    def label(self, index: int) -> str | None:
+        if not self._label:
+            return None
+        shard, i = self._place(index)
+        return shard.file.folder if self._label == "folder" else _labelled(shard, i)[1]
+
+    def _place(self, index: int) -> tuple[Shard, int]:
         index = range(len(self))[index]
         shard = int(np.searchsorted(self._starts, index, "right")) - 1
-        return self._shards[shard].text(index - int(self._starts[shard]))
+        return self._shards[shard], index - int(self._starts[shard])
+
+
+@functools.lru_cache(maxsize=_NUM_RECENT)  # a row's texts are asked for, then their labels: records are read once
+def _labelled(shard: Shard, i: int) -> tuple[str, str]:
+    return shard.labelled(i)
 
 
 def _beginnings(shards: Sequence[Shard]) -> Iterator[str]:
@@ -138,12 +177,12 @@ def _beginnings(shards: Sequence[Shard]) -> Iterator[str]:
         yield from (hashlib.blake2b(head, digest_size=16).hexdigest() for head in heads)
 
 
-def _open_all(files: Sequence[tuple[storage.File, type[Shard]]], text_field: str) -> list[Shard]:
+def _open_all(files: Sequence[tuple[storage.File, type[Shard]]], text_field: str, label_field: str) -> list[Shard]:
     """Opens the files, several at a time; the error raised is that of the first file that has one."""
     shards = []
     with futures.ThreadPoolExecutor(_NUM_OPENERS) as pool:
         try:
-            opened = pool.map(lambda found: _open_shard(found[0], found[1], text_field), files)
+            opened = pool.map(lambda found: _open_shard(found[0], found[1], text_field, label_field), files)
             # Making the indices of a large corpus for the first time reads all of it: then there is a bar.
             for shard in tqdm.tqdm(opened, "opening", len(files), unit=" files", delay=5, leave=False):
                 shards.append(shard)
@@ -158,10 +197,10 @@ def _open_all(files: Sequence[tuple[storage.File, type[Shard]]], text_field: str
     return shards
 
 
-def _open_shard(file: storage.File, form: type[Shard], text_field: str) -> Shard:
+def _open_shard(file: storage.File, form: type[Shard], text_field: str, label_field: str) -> Shard:
     if file.size == 0 and form is not lines.Text:
         raise storage.refusal(file, "is empty (0 bytes)", "fetch the file again, or leave it out")
-    return form(file, text_field)
+    return form(file, text_field, label_field)
 
 
 # --- files: --------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ if 0 <= _SOFT < (_HARD % 2**32):  # many systems let a process open more files t
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(_SOFT, resource.getrlimit(resource.RLIMIT_NOFILE)[0]), _HARD))
 # Shards kept open at a time, of each kind of handle. Opening one again takes 40 ms, keeping it some megabytes.
 MAX_OPEN = min(max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**32, 256) // 4, 2048)
+SETTINGS = {"text": "data.text_field", "label": "data.label=field:NAME"}  # which field of a record is what
 # Where file systems say when, or as what, an object was last written.
 _VERSION_FIELDS = ("etag", "ETag", "mtime", "LastModified", "last_modified", "updated", "created")
 
@@ -48,6 +49,11 @@ class File:
     @property
     def name(self) -> str:
         return self.path.rsplit("/", 1)[-1]
+
+    @property
+    def folder(self) -> str:
+        """The name of the folder it lies in; "" right under the root."""
+        return self.path.split("/")[-2]
 
     @property
     def is_local(self) -> bool:
@@ -270,11 +276,11 @@ def refusal(file: File, what: str, remedy: str = "fetch the file again") -> conf
     return config_lib.ConfigError(f"data.source: {file} {what}; {remedy}")
 
 
-def no_field(file: File, what: str, text_field: str, fields: Iterable[str]) -> config_lib.ConfigError:
-    """`what` in the file, "" for all of it, has fields and not the one that is to be the text."""
+def no_field(file: File, what: str, field: str, fields: Iterable[str], role: str) -> config_lib.ConfigError:
+    """`what` in the file, "" for all of it, has fields and not the one that is to be the text or the label (`role`)."""
     known = ", ".join(sorted(fields)) or "nothing"
-    what = f"{what} has no field {text_field!r} but {known}".strip()
-    return refusal(file, what, "name the text's in data.text_field")
+    what = f"{what} has no field {field!r} but {known}".strip()
+    return refusal(file, what, f"name the {role}'s in {SETTINGS[role]}")
 
 
 def decode(file: File, what: str, raw: bytes) -> str:

@@ -16,11 +16,13 @@ if TYPE_CHECKING:  # pyarrow takes half a second to import, which only those who
     from pyarrow import parquet
 
 MAX_DECODED = 2**26  # bytes of decoded row groups kept by the process, over all files
+_INTEGER_TYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+_WANTED = {"text": "strings", "label": "strings or integers"}
 _TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 
 
 class Parquet:
-    """A column of text in a Parquet file.
+    """A column of text in a Parquet file, and one of labels if there is one.
 
     A document costs its row group, read and decoded whole, unless that is among those decoded last. So reads in order
     are fast, and reads at random as fast as the groups are small.
@@ -28,38 +30,56 @@ class Parquet:
 
     num_skipped = 0
 
-    def __init__(self, file: storage.File, text_field: str):
-        """Raises config.ConfigError if the file is damaged, or has no such column of text."""
+    def __init__(self, file: storage.File, text_field: str, label_field: str = ""):
+        """Raises config.ConfigError if the file is damaged, or has no such columns of text and labels."""
         self.file = file
-        self._text_field = text_field
+        self._text_field, self._label_field = text_field, label_field
         with _opened(file, "is no whole Parquet file, so that none of its documents are readable") as opened:
             schema, metadata = opened.schema_arrow, opened.metadata
             sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        if text_field not in schema.names:
-            raise storage.no_field(file, "", text_field, schema.names)
-        kind = str(_plain(schema.field(text_field).type))
-        if kind not in _TEXT_TYPES:
-            what = f"has {kind} in the column {text_field!r}, which must hold strings"
-            raise storage.refusal(file, what, "name another in data.text_field")
+        _check_column(file, schema, text_field, "text")
+        if label_field:
+            _check_column(file, schema, label_field, "label")
         self._bounds = np.cumsum([0, *sizes])  # row group g holds rows bounds[g] to bounds[g + 1]
 
     def __len__(self) -> int:
         return int(self._bounds[-1])
 
     def text(self, i: int) -> str:
+        return self._string(i, self._text_field, "text")
+
+    def labelled(self, i: int) -> tuple[str, str]:
+        return self.text(i), self._string(i, self._label_field, "label")
+
+    def _string(self, i: int, field: str, role: str) -> str:
         group = int(np.searchsorted(self._bounds, i, "right")) - 1
-        key = (self.file, self._text_field, group)
-        value = _recent.get(key, lambda: self._read_group(group))[i - int(self._bounds[group])]
+        key = (self.file, self._text_field, self._label_field, group)
+        column = _recent.get(key, lambda: self._read_group(group)).column(field)
+        value = column[i - int(self._bounds[group])]
         if not value.is_valid:
-            what = f"record {i} has null in the column {self._text_field!r}, which must hold strings"
+            what = f"record {i} has null in the column {field!r}, which must hold {_WANTED[role]}"
             raise storage.refusal(self.file, what, "mend it or leave the file out")
+        if str(value.type) not in _TEXT_TYPES:
+            return str(value.as_py())
         return storage.decode(self.file, f"record {i}", value.as_buffer().to_pybytes())
 
-    def _read_group(self, group: int) -> "pyarrow.ChunkedArray":
+    def _read_group(self, group: int) -> "pyarrow.Table":
+        import pyarrow as pa
+
         first, last = int(self._bounds[group]), int(self._bounds[group + 1]) - 1
+        wanted = list({self._text_field, self._label_field} - {""})
         with _opened(self.file, f"is damaged in records {first} to {last}") as opened:
-            column = opened.read_row_group(group, columns=[self._text_field]).column(0)
-            return column.cast(_plain(column.type))
+            table = opened.read_row_group(group, columns=wanted)
+            return pa.table({name: table.column(name).cast(_plain(table.column(name).type)) for name in wanted})
+
+
+def _check_column(file: storage.File, schema: "pyarrow.Schema", field: str, role: str) -> None:
+    if field not in schema.names:
+        raise storage.no_field(file, "", field, schema.names, role)
+    kind = str(_plain(schema.field(field).type))
+    if kind not in _TEXT_TYPES and not (role == "label" and kind in _INTEGER_TYPES):
+        what = f"has {kind} in the column {field!r}, which must hold {_WANTED[role]}"
+        raise storage.refusal(file, what, f"name another in {storage.SETTINGS[role]}")
 
 
 def _plain(kind: "pyarrow.DataType") -> "pyarrow.DataType":
@@ -89,9 +109,9 @@ class _Recent:
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._groups: collections.OrderedDict[tuple, futures.Future[pyarrow.ChunkedArray]] = collections.OrderedDict()
+        self._groups: collections.OrderedDict[tuple, futures.Future[pyarrow.Table]] = collections.OrderedDict()
 
-    def get(self, key: tuple, decode: Callable[[], "pyarrow.ChunkedArray"]) -> "pyarrow.ChunkedArray":
+    def get(self, key: tuple, decode: Callable[[], "pyarrow.Table"]) -> "pyarrow.Table":
         with self._lock:
             group = self._groups.get(key)
             if mine := group is None:

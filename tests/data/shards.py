@@ -100,18 +100,26 @@ def _varint(value):
     return bytes([low | 128]) + _varint(rest) if rest else bytes([low])
 
 
+def fresh_cache(tmp_path_factory, monkeypatch) -> pathlib.Path:
+    """A fixture: a cache folder of the test's own, and nothing on fsspec's memory:// file system."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("MOEJAX_CACHE", str(folder))
+    fsspec.filesystem("memory").store.clear()
+    return folder
+
+
 def in_memory(path: pathlib.Path, folder: str = "bucket") -> str:
     """The path of a copy on fsspec's memory:// file system."""
     fsspec.filesystem("memory").pipe(f"/{folder}/{path.name}", path.read_bytes())
     return f"memory://{folder}/{path.name}"
 
 
-def refusal(call, *args, **kwargs) -> str:
-    """The message of the ConfigError, which must be one line with a remedy."""
+def refusal(call, *args, start="data.source", **kwargs) -> str:
+    """The message of the ConfigError, which must be one line with a remedy and begin with what is wrong."""
     with pytest.raises(config_lib.ConfigError) as error:
         call(*args, **kwargs)
     message = str(error.value)
     assert "\n" not in message
-    assert message.startswith("data.source")
+    assert message.startswith(start)
     assert "; " in message
     return message

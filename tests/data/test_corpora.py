@@ -113,10 +113,25 @@ def test_docstrings_are_read_from_the_cache_and_found_again_if_it_is_damaged(env
     (environment["purelib"] / "a.py").write_text(f'"""{LONG}"""')
     corpus = docstrings()
     (cached,) = (tmp_path / "cache").iterdir()
-    cached.write_text('[["from the cache"], 0]')
+    cached.write_text('[["from the cache"], 0, ["a"]]')
     assert docstrings().documents == ("from the cache",)
     cached.write_text('[["from th')
     assert docstrings() == corpus
+
+
+def test_docstrings_are_labelled_with_their_package_and_the_standard_library_is_one(environment):
+    owners = {
+        "stdlib/json/a.py": "stdlib", "stdlib/b.py": "stdlib", "purelib/flax/deep/c.py": "flax",
+        "purelib/six.py": "six", "platlib/numpy/d.py": "numpy",
+    }  # fmt: skip
+    for name in owners:
+        path = environment["stdlib"].parent / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'"""{name} {LONG}"""\ndef f():\n    """{name} f {LONG}"""\n')
+    for _ in range(2):  # found, then from the cache
+        corpus = docstrings()
+        assert corpus.has_labels
+        assert [corpus.label(i) for i in range(10)] == [owners[text.split()[0]] for text in corpus]
 
 
 def test_docstrings_of_this_environment_are_real_and_the_same_twice(monkeypatch):

@@ -29,12 +29,7 @@ INDEXED = ("tfrecord", "json", "gzip")
 every_form = pytest.mark.parametrize("form", READERS)
 
 
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("MOEJAX_CACHE", str(folder))
-    fsspec.filesystem("memory").store.clear()
-    return folder
+cache_folder = pytest.fixture(shards.fresh_cache, autouse=True)
 
 
 def opened(form, path, field="text"):
@@ -492,6 +487,13 @@ def test_parquet_reads_every_type_of_text(kind, tmp_path):
     table = pa.table({"n": list(range(4)), "text": pa.array(["a", "b", "a", "é"], pa.string()).cast(kind)})
     parquet.write_table(table, tmp_path / "x.parquet", row_group_size=2)
     assert texts_of(opened("parquet", tmp_path / "x.parquet")) == ["a", "b", "a", "é"]
+
+
+def test_a_column_of_few_values_as_parquet_files_store_it_holds_labels(tmp_path):
+    column = pa.array(["sea", "art", "sea"]).dictionary_encode()
+    parquet.write_table(pa.table({"text": ["a", "b", "c"], "topic": column}), tmp_path / "docs.parquet")
+    source = sources.open_source(f"files:{tmp_path}/docs.parquet", label="field:topic")
+    assert [source.label(i) for i in range(3)] == ["sea", "art", "sea"]
 
 
 def test_parquet_decodes_a_group_once_and_forgets_the_oldest(tmp_path, monkeypatch):

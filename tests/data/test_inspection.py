@@ -1,5 +1,6 @@
 """Rows show as text with their boundaries, sentinels and padding; the figures are those of a count by hand."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -45,6 +46,28 @@ def test_the_figures_of_documents_and_rows_are_those_counted_by_hand(config):
     assert "1 blank" in shown
     assert "7.4% of the tokens are beyond a row" in shown
     assert len(shown.splitlines()) == 3 + 4
+
+
+@pytest.mark.parametrize("on_the_fly", [False, True])
+def test_documents_are_counted_by_their_label(config, tmp_path, monkeypatch, on_the_fly):
+    monkeypatch.setattr(pipeline, "ON_THE_FLY", 0 if on_the_fly else 2**25)
+    assert inspection.summarise(pipeline.load(config), config).labels == {}
+    of_labels = ["sea", "art", "sea", "sea", "art", "law", "sea"]  # the blank document's is art
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    rows = [row | {"topic": label} for row, label in zip(rows, of_labels, strict=True)]
+    for name, part in (("train", rows), ("held", rows[:1])):
+        (tmp_path / f"{name}-topics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    config.source, config.validation_source = (f"files:{tmp_path}/{name}-topics.jsonl" for name in ("train", "held"))
+    config.label, config.labels = "field:topic", ("absent", "art", "sea")
+    found = inspection.summarise(pipeline.load(config), config)
+    num_art = 2 if on_the_fly else 1
+    assert list(found.labels.items()) == [("sea", 4), ("art", num_art), ("absent", 0)]
+    assert found.unlisted == 1
+    assert inspection.to_json(found)["labels"] == found.labels
+    line = f"labels of {5 + num_art} documents: sea 4, art {num_art}, absent 0, 1 with none of these"
+    assert inspection.show_summary(found).splitlines()[-1] == line
+    many = dataclasses.replace(found, labels={f"label {i}": 30 - i for i in range(25)})
+    assert "label 19 11, and 5 more" in inspection.show_summary(many)
 
 
 def test_rows_packed_beforehand_have_figures_too(config, tmp_path):

@@ -11,13 +11,7 @@ import shards
 
 from moejax.data import storage
 
-
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("MOEJAX_CACHE", str(folder))
-    fsspec.filesystem("memory").store.clear()
-    return folder
+cache_folder = pytest.fixture(shards.fresh_cache, autouse=True)
 
 
 def names(files):
