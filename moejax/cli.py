@@ -104,6 +104,7 @@ def generate(arguments: argparse.Namespace, _: list[str]) -> int:
         seed=arguments.seed,
         max_length=arguments.max_length,
         num_samples=arguments.num_samples,
+        label=arguments.label,
     )
     for text in texts:
         print(json.dumps({"prompt": arguments.prompt, "text": text}) if arguments.json else arguments.prompt + text)
@@ -334,6 +335,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--top_k", type=int, default=50, help="draw from so many tokens; 0 for all (default 50)")
     sub.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     sub.add_argument("--num_samples", type=int, default=1, help="continuations to write (default 1)")
+    sub.add_argument("--label", default="", help="topic or domain of the document, for model.moe.router=label")
     sub.add_argument(
         "--max_length", type=int, default=0, help="longest prompt + continuation (default: a training row)"
     )

@@ -45,7 +45,7 @@ TRAIN = ("train", f"{CONFIG}:somewhere", "--workdir=unused")
     ("arguments", "field", "value", "remedy"),
     [
         (("--config.model.moe.num_expert=4",), "model.moe.num_expert", "", "did you mean --config.model.moe.num_exp"),
-        (("--config.model.moe=4",), "model.moe", "", "set one of them, e.g. --config.model.moe.num_experts"),
+        (("--config.model.moe=4",), "model.moe", "", "set one of them, e.g. --config.model.moe.router"),
         (("--config.model.d_model=wide",), "model.d_model", "wide", "a whole number"),
         (("--config.model.d_model=1.5",), "model.d_model", "1.5", "a whole number"),
         (("--config.model.d_model", "1.5"), "model.d_model", "", "a whole number"),

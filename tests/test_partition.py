@@ -143,7 +143,7 @@ def test_parameters_are_split_by_their_logical_axes_and_not_over_periods():
         (mamba.A_log, None, "tensor", None),
         (mamba.D, None, "tensor"),
         (mamba.out_proj, None, "tensor", "fsdp"),
-        (moe.router, None, "fsdp", None),
+        (moe.router.weight, None, "fsdp", None),
         (moe.up, None, "expert", "fsdp", "tensor"),
         (moe.down, None, "expert", "tensor", "fsdp"),
     ]
@@ -191,7 +191,7 @@ def loss_and_gradient(model, tokens, segments):
         logits, aux = model(tokens[:, :-1], segment_ids_BL=segments, train=True)
         target = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
         nats = jax.nn.logsumexp(logits, axis=-1) - target
-        return nats.mean() + 0.1 * aux.balance_loss.mean(), aux
+        return nats.mean() + 0.1 * aux.losses["balance"].mean(), aux
 
     return jax.value_and_grad(loss, has_aux=True)(model)
 

@@ -7,28 +7,31 @@ import jax
 from flax import nnx
 
 from moejax import config as config_lib
-from moejax.layers import attention, mamba, mlp, moe
+from moejax.layers import attention, head, mamba, mlp, moe, router
 from moejax.models import lm
 
-COMPONENTS = ("embedding", "head", "norm", "mamba", "attention", "mlp", "router", "experts")
+COMPONENTS = ("embedding", "head", "norm", "mamba", "attention", "mlp", "router", "experts", "shared experts")
 
 
 def count(config: config_lib.ModelConfig) -> dict[str, Any]:
     """Parameter counts of the model that this config describes.
 
     Returns:
-      total: all parameters. active: those that take part in the output of one token: the top_k experts of each MoE
-      layer, the router whole, everything else. non_embedding_total, non_embedding_active: the same without embedding
-      and head, as MoE-Mamba's tables count. components: {component: {"total": ..., "active": ...}}.
+      total: all parameters. active: those that take part in the output of one token: top_k experts of each MoE layer
+      (with a ReLU router or expert choice, on average; with soft gating all), the router whole, everything else.
+      non_embedding_total, non_embedding_active: the same without embedding and head, as MoE-Mamba's tables count.
+      components: {component: {"total": ..., "active": ...}}.
     """
     model = lm.abstract(config)
     components = {name: {"total": 0, "active": 0} for name in COMPONENTS}
     variables = jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda node: isinstance(node, nnx.Variable))
     for path, variable in variables:
+        if not isinstance(variable, nnx.Param):
+            continue  # what a router keeps beside its weights
         component, size = _component(model, path), math.prod(variable.shape)
         active = size
-        if component == "experts":
-            active = size // config.moe.num_experts * config.moe.top_k
+        if component == "experts" and config_lib.ROUTERS[config.moe.router].sparse:
+            active = size // config.moe.num_experts * config.moe.num_choices
         components[component]["total"] += size
         components[component]["active"] += active
     outer = ("embedding", "head")
@@ -44,8 +47,13 @@ def count(config: config_lib.ModelConfig) -> dict[str, Any]:
 def _component(model: nnx.Module, path: tuple[Any, ...]) -> str:
     """Walks from the model to the parameter; the module that holds it says what it is."""
     node: Any = model
+    shared: bool = False  # inside a MoE layer's shared experts
     for entry in path[:-1]:
-        node = getattr(node, entry.name) if isinstance(entry, jax.tree_util.GetAttrKey) else node[entry.idx]
+        if isinstance(entry, jax.tree_util.GetAttrKey):
+            shared |= isinstance(node, moe.Moe) and entry.name == "shared"
+            node = getattr(node, entry.name)
+        else:
+            node = node[entry.idx]
     name = path[-1].name
     match node:
         case mamba.Mamba():
@@ -53,9 +61,13 @@ def _component(model: nnx.Module, path: tuple[Any, ...]) -> str:
         case attention.Attention():
             return "attention"
         case mlp.Mlp():
-            return "mlp"
+            return "shared experts" if shared else "mlp"
         case moe.Moe():
-            return "router" if name == "router" else "experts"
+            return "experts"
+        case router.Router():
+            return "router"
+        case head.MixtureOfSoftmaxes():
+            return "head"
     return name if name in ("embedding", "head") else "norm"
 
 

@@ -1,4 +1,4 @@
-"""Causal multi-head self-attention with rotary positions.
+"""Multi-head self-attention with rotary positions.
 
 B batch, L sequence, M cache length, D model, H heads, Q head width.
 """
@@ -33,13 +33,22 @@ class Attention(nnx.Module):
     """
 
     def __init__(
-        self, d_model: int, *, num_heads: int, rope_base: float, init_scale: float, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        d_model: int,
+        *,
+        num_heads: int,
+        rope_base: float,
+        causal: bool = True,
+        scheme: str = "switch",
+        init_scale: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
         head_width = d_model // num_heads
-        self.rope_base, self.dtype = rope_base, dtype
+        self.rope_base, self.causal, self.dtype = rope_base, causal, dtype
 
         def weight(*shape: int, fan_in: int) -> Array:
-            return init.scaled_normal(rngs.params(), shape, scale=init_scale, fan_in=fan_in)
+            return init.weight(rngs.params(), shape, scheme=scheme, scale=init_scale, fan_in=fan_in)
 
         # dims: query, key or value; D; H; Q
         self.qkv = nnx.Param(
@@ -53,7 +62,9 @@ class Attention(nnx.Module):
         if positions_BL is None:
             positions_BL = jnp.broadcast_to(jnp.arange(x_BLD.shape[1]), x_BLD.shape[:2])
         query_BLHQ, key_BLHQ, value_BLHQ = self._project(x_BLD, positions_BL)
-        y_BLHQ = attention.causal_attention(query_BLHQ, key_BLHQ, value_BLHQ, segment_ids_BL=segment_ids_BL)
+        y_BLHQ = attention.attention(
+            query_BLHQ, key_BLHQ, value_BLHQ, segment_ids_BL=segment_ids_BL, causal=self.causal
+        )
         return jnp.einsum("blhq,hqd->bld", y_BLHQ, self.out[...].astype(self.dtype))
 
     def init_cache(self, batch: int, max_length: int) -> AttentionCache:

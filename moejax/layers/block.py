@@ -6,6 +6,7 @@ B batch, L sequence, D model.
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -33,12 +34,15 @@ class Block(nnx.Module):
         *,
         segment_ids_BL: Array | None = None,
         positions_BL: Array | None = None,
+        ids_BL: Array | None = None,
+        labels_BL: Array | None = None,
+        keys_B: Array | None = None,
         train: bool = False,
     ) -> tuple[Array, tuple[moe.MoeAux, ...]]:
-        """Segment ids of 0 mark padding; see `models.lm.Lm`."""
+        """Segment ids of 0 mark padding; see `models.lm.Lm` and, for what a MoE branch gets, `router.Tokens`."""
         normed_BLD = self.norm(x_BLD)
         aux: list[moe.MoeAux] = []
-        for branch in self.branches:
+        for place, branch in enumerate(self.branches):
             match branch:
                 case mamba.Mamba():
                     y_BLD = branch(normed_BLD, segment_ids_BL=segment_ids_BL)
@@ -48,7 +52,14 @@ class Block(nnx.Module):
                     y_BLD = branch(normed_BLD)
                 case moe.Moe():
                     valid_BL = None if segment_ids_BL is None else segment_ids_BL > 0
-                    y_BLD, branch_aux = branch(normed_BLD, valid_BL=valid_BL, train=train)
+                    y_BLD, branch_aux = branch(
+                        normed_BLD,
+                        valid_BL=valid_BL,
+                        ids_BL=ids_BL,
+                        labels_BL=labels_BL,
+                        keys_B=fold_in(keys_B, place),
+                        train=train,
+                    )
                     aux.append(branch_aux)
                 case _:
                     raise TypeError(f"no such branch: {type(branch)}")
@@ -68,7 +79,9 @@ class Block(nnx.Module):
                     caches.append(None)
         return tuple(caches)
 
-    def step(self, x_BD: Array, caches: tuple[Any, ...]) -> tuple[Array, tuple[Any, ...]]:
+    def step(
+        self, x_BD: Array, caches: tuple[Any, ...], *, ids_B: Array | None = None, labels_B: Array | None = None
+    ) -> tuple[Array, tuple[Any, ...]]:
         """One position of `__call__`: (y_BD, the next caches)."""
         normed_BD = self.norm(x_BD)
         new_caches: list[Any] = []
@@ -77,7 +90,7 @@ class Block(nnx.Module):
                 case mamba.Mamba() | attention.Attention():
                     y_BD, cache = branch.step(normed_BD, cache)
                 case moe.Moe():
-                    y_BD = branch.step(normed_BD)
+                    y_BD = branch.step(normed_BD, ids_B=ids_B, labels_B=labels_B)
                 case mlp.Mlp():
                     y_BD = branch(normed_BD)
                 case _:
@@ -85,6 +98,11 @@ class Block(nnx.Module):
             new_caches.append(cache)
             x_BD = x_BD + y_BD.astype(jnp.float32)
         return x_BD, tuple(new_caches)
+
+
+def fold_in(keys_B: Array | None, data: int | Array) -> Array | None:
+    """A key a row for one part of what the keys are for; None stays None."""
+    return None if keys_B is None else jax.vmap(lambda key: jax.random.fold_in(key, data))(keys_B)
 
 
 def build_branch(
@@ -112,7 +130,14 @@ def build_branch(
         case "attention":
             c = config.attention
             return attention.Attention(
-                d_model, num_heads=c.num_heads, rope_base=c.rope_base, init_scale=init_scale, dtype=dtype, rngs=rngs
+                d_model,
+                num_heads=c.num_heads,
+                rope_base=c.rope_base,
+                causal=config.causal,
+                scheme=config.init,
+                init_scale=init_scale,
+                dtype=dtype,
+                rngs=rngs,
             )
         case "mlp":
             c = config.mlp
@@ -121,21 +146,17 @@ def build_branch(
                 d_ff=c.d_ff,
                 activation=c.activation,
                 bias=c.bias,
+                scheme=config.init,
                 init_scale=init_scale,
                 dtype=dtype,
                 rngs=rngs,
             )
         case "moe":
-            c = config.moe
             return moe.Moe(
                 d_model,
-                num_experts=c.num_experts,
-                d_expert=c.d_expert,
-                activation=c.activation,
-                top_k=c.top_k,
-                capacity_factor=c.capacity_factor,
-                eval_capacity_factor=c.eval_capacity_factor,
-                group_size=c.group_size,
+                config.moe,
+                vocab_size=config.vocab_size,
+                scheme=config.init,
                 init_scale=init_scale,
                 dtype=dtype,
                 rngs=rngs,

@@ -19,6 +19,30 @@ def scaled_normal(key: Array, shape: tuple[int, ...], *, scale: float, fan_in: i
     return sd * jax.random.truncated_normal(key, -2.0, 2.0, shape)
 
 
+def weight(key: Array, shape: tuple[int, ...], *, scheme: str, scale: float, fan_in: int | None = None) -> Array:
+    """A truncated normal with sd = sqrt(scale / fan_in) before the cut; draws beyond it are drawn again, not clipped.
+
+    "switch": cut at 2 sd (scaled_normal). "moe_mamba": cut at the absolute values +-2 * scale, whatever the sd, as the
+    code of MoE-Mamba (arXiv 2401.04081) does: at fan_in 1, an embedding's, that is 0.63 sd for scale 0.1; at a layer's
+    hundreds of inputs it is so many sd that nothing is cut.
+
+    Args:
+      key: a jax random key.
+      shape: of the weight.
+      scheme: switch or moe_mamba.
+      scale: s in the formulas.
+      fan_in: inputs of one unit; by default the second dim from the end.
+    """
+    match scheme:
+        case "switch":
+            return scaled_normal(key, shape, scale=scale, fan_in=fan_in)
+        case "moe_mamba":
+            sd = math.sqrt(scale / (fan_in or shape[-2]))
+            cut = 2 * scale / sd
+            return sd * jax.random.truncated_normal(key, -cut, cut, shape)
+    raise ValueError(f"model.init={scheme} is not known; choose one of switch, moe_mamba")
+
+
 def uniform_fan_in(key: Array, shape: tuple[int, ...], *, fan_in: int | None = None) -> Array:
     """Uniform in +-1/sqrt(fan_in): the default of torch.nn.Linear and Conv1d, which Mamba's reference code keeps."""
     bound = 1.0 / math.sqrt(fan_in or shape[-2])

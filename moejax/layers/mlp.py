@@ -21,6 +21,7 @@ class Mlp(nnx.Module):
         d_ff: int,
         activation: str,
         bias: bool,
+        scheme: str = "switch",
         init_scale: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
@@ -28,10 +29,17 @@ class Mlp(nnx.Module):
         self.activation, self.dtype = activation, dtype
         columns = d_ff * experts.hidden_multiple(activation)
         key = rngs.params
-        self.up = nnx.Param(init.scaled_normal(key(), (d_model, columns), scale=init_scale), axes=("embed", "ffn"))
-        self.down = nnx.Param(init.scaled_normal(key(), (d_ff, d_model), scale=init_scale), axes=("ffn", "embed"))
-        self.up_bias = nnx.Param(jnp.zeros(columns), axes=("ffn",)) if bias else None
-        self.down_bias = nnx.Param(jnp.zeros(d_model), axes=("embed",)) if bias else None
+        up_DF = init.weight(key(), (d_model, columns), scheme=scheme, scale=init_scale)
+        down_FD = init.weight(key(), (d_ff, d_model), scheme=scheme, scale=init_scale)
+        self.up = nnx.Param(up_DF, axes=("embed", "ffn"))
+        self.down = nnx.Param(down_FD, axes=("ffn", "embed"))
+        up_bias = down_bias = None
+        if bias:  # MoE-Mamba's code keeps those of torch.nn.Linear
+            drawn = scheme == "moe_mamba"
+            up_F = init.uniform_fan_in(key(), (columns,), fan_in=d_model) if drawn else jnp.zeros(columns)
+            down_D = init.uniform_fan_in(key(), (d_model,), fan_in=d_ff) if drawn else jnp.zeros(d_model)
+            up_bias, down_bias = nnx.Param(up_F, axes=("ffn",)), nnx.Param(down_D, axes=("embed",))
+        self.up_bias, self.down_bias = up_bias, down_bias
 
     def __call__(self, x_D: Array) -> Array:
         hidden_F = x_D @ self.up[...].astype(self.dtype)

@@ -35,6 +35,7 @@ def generate(
     temperature: float,
     top_k: int,
     vocab_size: int,
+    label_B: Array | None = None,
 ) -> Array:
     """Continues prompts of equal length by N tokens: tokens_BN.
 
@@ -46,20 +47,21 @@ def generate(
       temperature: see `sample`.
       top_k: see `sample`.
       vocab_size: ids from here on are never drawn: the model may have more rows than its tokenizer has tokens.
+      label_B: the label of each row's document, for router=label.
     """
     batch, length = prompt_BL.shape
 
     def read(carry, token_B):
-        logits_BV, cache = model.step(token_B, carry[0])
+        logits_BV, cache = model.step(token_B, carry[0], labels_B=label_B)
         return (cache, logits_BV), None
 
     def write(carry, key):
         cache, logits_BV = carry
         token_B = sample(logits_BV[:, :vocab_size], key, temperature=temperature, top_k=top_k)
-        logits_BV, cache = model.step(token_B, cache)
+        logits_BV, cache = model.step(token_B, cache, labels_B=label_B)
         return (cache, logits_BV), token_B
 
-    carry = model.step(prompt_BL[:, 0], model.init_cache(batch, length + num_tokens))[::-1]
+    carry = model.step(prompt_BL[:, 0], model.init_cache(batch, length + num_tokens), labels_B=label_B)[::-1]
     carry, _ = jax.lax.scan(read, carry, prompt_BL[:, 1:].T)
     _, tokens_NB = jax.lax.scan(write, carry, jax.random.split(key, num_tokens))
     return tokens_NB.T

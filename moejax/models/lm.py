@@ -1,8 +1,9 @@
-"""The decoder-only language model: embedding, a pattern of residual blocks, head.
+"""The language model: embedding, a pattern of residual blocks, head. Decoder-only, or an encoder (model.causal).
 
 B batch, L sequence, D model, V vocabulary.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 from jax import Array
 
 from moejax import config as config_lib
-from moejax.layers import block, init, moe, norm
+from moejax.layers import block, head, init, moe, norm
 
 
 class Period(nnx.Module):
@@ -36,13 +37,18 @@ class Lm(nnx.Module):
     The periods are scanned, so the compiled program and its compile time do not grow with depth.
 
     __call__(tokens_BL) -> (logits_BLV float32, MoeAux stacked over MoE layers in depth order, or None without any).
+    With a mixture of softmaxes the logits are the log-probabilities, which is as good: their logsumexp is 0.
     """
 
     def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.compute_dtype)
         self.dtype, self.remat, self.num_periods = dtype, config.remat, config.num_periods
         vocab, width = config.vocab_size, config.d_model
-        embedding_VD = config.embedding_std * jax.random.normal(rngs.params(), (vocab, width))
+        scheme, scale = config.init, config.init_scale
+        if scheme == "moe_mamba":
+            embedding_VD = init.weight(rngs.params(), (vocab, width), scheme=scheme, scale=scale, fan_in=1)
+        else:
+            embedding_VD = config.embedding_std * jax.random.normal(rngs.params(), (vocab, width))
         self.embedding = nnx.Param(embedding_VD, axes=("vocab", "embed"))
         self.prefix = nnx.List([block.Block(sublayer, config, rngs=rngs) for sublayer in config.prefix])
         self.periods = _stack(config, rngs=rngs) if config.num_periods and config.period else None
@@ -52,8 +58,15 @@ class Lm(nnx.Module):
             None
             if config.tie_embeddings
             else nnx.Param(
-                init.scaled_normal(rngs.params(), (width, vocab), scale=config.init_scale), axes=("embed", "vocab")
+                init.weight(rngs.params(), (width, vocab), scheme=scheme, scale=scale), axes=("embed", "vocab")
             )
+        )
+        self.mixture = (
+            head.MixtureOfSoftmaxes(
+                width, num_softmaxes=config.num_softmaxes, scheme=scheme, init_scale=scale, dtype=dtype, rngs=rngs
+            )
+            if config.num_softmaxes > 1
+            else None
         )
 
     def __call__(
@@ -62,6 +75,8 @@ class Lm(nnx.Module):
         *,
         segment_ids_BL: Array | None = None,
         positions_BL: Array | None = None,
+        labels_BL: Array | None = None,
+        keys_B: Array | None = None,
         train: bool = False,
     ) -> tuple[Array, moe.MoeAux | None]:
         """Runs whole rows.
@@ -70,23 +85,33 @@ class Lm(nnx.Module):
           tokens_BL: int32 token ids.
           segment_ids_BL: which document of its row a token belongs to, from 1; 0 for padding. None: one a row.
           positions_BL: position inside the document, for rotary attention. None: 0, 1, ... L-1.
-          train: use the capacity factor of training rather than that of evaluation.
+          labels_BL: label of the token's document, for router=label; -1 for none.
+          keys_B: a random key a row, for the noise of routers and expert dropout; None for none.
+          train: use the capacity factor of training rather than that of evaluation, and the noise.
         """
-        context = {"segment_ids_BL": segment_ids_BL, "positions_BL": positions_BL, "train": train}
+        context: dict[str, Any] = {
+            "segment_ids_BL": segment_ids_BL,
+            "positions_BL": positions_BL,
+            "ids_BL": tokens_BL,
+            "labels_BL": labels_BL,
+            "train": train,
+        }
         x_BLD = self.embedding[...][tokens_BL]
-        x_BLD, aux = _run(self.prefix, x_BLD, **context)
+        x_BLD, aux = _run(self.prefix, x_BLD, keys_B=block.fold_in(keys_B, 0), **context)
         stacks = [jax.tree.map(lambda leaf: leaf[None], layer) for layer in aux]
         if self.periods is not None:
+            keys_period_B = block.fold_in(keys_B, 1)
 
-            def run_period(x_BLD: Array, period: Period) -> tuple[Array, tuple[moe.MoeAux, ...]]:
-                return period(x_BLD, **context)
+            def run_period(x_BLD: Array, inputs: tuple[Period, Array]) -> tuple[Array, tuple[moe.MoeAux, ...]]:
+                period, place = inputs
+                return period(x_BLD, keys_B=block.fold_in(keys_period_B, place), **context)
 
             if self.remat == "period":
                 run_period = jax.checkpoint(run_period)
-            x_BLD, aux = jax.lax.scan(run_period, x_BLD, self.periods)
+            x_BLD, aux = jax.lax.scan(run_period, x_BLD, (self.periods, jnp.arange(self.num_periods)))
             if aux:
                 stacks.append(_interleave(aux))
-        x_BLD, aux = _run(self.suffix, x_BLD, **context)
+        x_BLD, aux = _run(self.suffix, x_BLD, keys_B=block.fold_in(keys_B, 2), **context)
         stacks += [jax.tree.map(lambda leaf: leaf[None], layer) for layer in aux]
         moe_aux = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stacks) if stacks else None
         return self._logits(x_BLD), moe_aux
@@ -105,24 +130,32 @@ class Lm(nnx.Module):
             )(self.periods)
         return cache
 
-    def step(self, token_B: Array, cache: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
-        """One token a row: (logits_BV of the next, the next cache). Nothing is dropped in MoE layers."""
+    def step(
+        self, token_B: Array, cache: dict[str, Any], *, labels_B: Array | None = None
+    ) -> tuple[Array, dict[str, Any]]:
+        """One token a row: (logits_BV of the next, the next cache). Nothing is dropped in MoE layers.
+
+        labels_B: of each row's document, for router=label.
+        """
+        context = {"ids_B": token_B, "labels_B": labels_B}
         x_BD = self.embedding[...][token_B]
-        x_BD, prefix = _step(self.prefix, x_BD, cache["prefix"])
+        x_BD, prefix = _step(self.prefix, x_BD, cache["prefix"], **context)
         new_cache: dict[str, Any] = {"prefix": prefix}
         if self.periods is not None:
 
             def step_period(x_BD: Array, inputs: tuple[Period, Any]) -> tuple[Array, Any]:
                 period, caches = inputs
-                return _step(period.blocks, x_BD, caches)
+                return _step(period.blocks, x_BD, caches, **context)
 
             x_BD, new_cache["periods"] = jax.lax.scan(step_period, x_BD, (self.periods, cache["periods"]))
-        x_BD, new_cache["suffix"] = _step(self.suffix, x_BD, cache["suffix"])
+        x_BD, new_cache["suffix"] = _step(self.suffix, x_BD, cache["suffix"], **context)
         return self._logits(x_BD), new_cache
 
     def _logits(self, x_D: Array) -> Array:
         x_D = x_D.astype(self.dtype) if self.norm is None else self.norm(x_D)
         head_DV = self.embedding[...].T if self.head is None else self.head[...]
+        if self.mixture is not None:
+            return self.mixture(x_D, head_DV)
         return jnp.matmul(x_D, head_DV.astype(self.dtype), preferred_element_type=jnp.float32)
 
 
@@ -131,18 +164,40 @@ def abstract(config: config_lib.ModelConfig) -> Lm:
     return jax.eval_shape(lambda: Lm(config, rngs=nnx.Rngs(params=0)))
 
 
-def _run(blocks: nnx.List, x_BLD: Array, **context: Any) -> tuple[Array, tuple[moe.MoeAux, ...]]:
+def moe_layers(model: Lm) -> Iterator[tuple[moe.Moe, Any]]:
+    """Every MoE layer of the model, with its place in the depth order of a stacked MoeAux.
+
+    The layers of the periods are stacked: there the parameters have a leading dim, and the place is a slice over it.
+    """
+    depth = 0
+    for blocks, repeats in (
+        (model.prefix, 0),
+        (model.periods and model.periods.blocks, model.num_periods),
+        (model.suffix, 0),
+    ):
+        layers = [branch for layer in blocks or () for branch in layer.branches if isinstance(branch, moe.Moe)]
+        for number, layer in enumerate(layers):
+            yield (
+                layer,
+                slice(depth + number, depth + repeats * len(layers), len(layers)) if repeats else depth + number,
+            )
+        depth += len(layers) * (repeats or 1)
+
+
+def _run(
+    blocks: nnx.List, x_BLD: Array, *, keys_B: Array | None = None, **context: Any
+) -> tuple[Array, tuple[moe.MoeAux, ...]]:
     collected: list[moe.MoeAux] = []
-    for layer in blocks:
-        x_BLD, aux = layer(x_BLD, **context)
+    for place, layer in enumerate(blocks):
+        x_BLD, aux = layer(x_BLD, keys_B=block.fold_in(keys_B, place), **context)
         collected += aux
     return x_BLD, tuple(collected)
 
 
-def _step(blocks: nnx.List, x_BD: Array, caches: list[Any]) -> tuple[Array, list[Any]]:
+def _step(blocks: nnx.List, x_BD: Array, caches: list[Any], **context: Any) -> tuple[Array, list[Any]]:
     new_caches = []
     for layer, layer_caches in zip(blocks, caches, strict=True):
-        x_BD, layer_caches = layer.step(x_BD, layer_caches)
+        x_BD, layer_caches = layer.step(x_BD, layer_caches, **context)
         new_caches.append(layer_caches)
     return x_BD, new_caches
 

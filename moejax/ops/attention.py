@@ -1,4 +1,4 @@
-"""Causal attention with rotary positions and document boundaries, and its single step.
+"""Attention with rotary positions and document boundaries, and its single step.
 
 B batch, L sequence, M cache length, H heads, Q head width.
 """
@@ -21,18 +21,26 @@ def rotary(x_BLHQ: Array, positions_BL: Array, *, base: float) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLHQ.dtype)
 
 
-def causal_attention(
-    query_BLHQ: Array, key_BLHQ: Array, value_BLHQ: Array, *, segment_ids_BL: Array | None = None
+def attention(
+    query_BLHQ: Array,
+    key_BLHQ: Array,
+    value_BLHQ: Array,
+    *,
+    segment_ids_BL: Array | None = None,
+    causal: bool = True,
 ) -> Array:
-    """softmax(q k^T / sqrt(Q)) v over the positions of the same document up to the current one; softmax in float32."""
+    """softmax(q k^T / sqrt(Q)) v over the positions of the same document; softmax in float32.
+
+    causal: only those up to the current one.
+    """
     mask_B1LL = None
     if segment_ids_BL is not None:
         mask_B1LL = (segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(query_BLHQ, key_BLHQ, value_BLHQ, mask=mask_B1LL, is_causal=True)
+    return jax.nn.dot_product_attention(query_BLHQ, key_BLHQ, value_BLHQ, mask=mask_B1LL, is_causal=causal)
 
 
 def attention_step(query_BHQ: Array, key_BMHQ: Array, value_BMHQ: Array, length: Array) -> Array:
-    """One position of `causal_attention`, over the first `length` entries of a cache of M."""
+    """One position of causal `attention`, over the first `length` entries of a cache of M."""
     mask_M = jnp.arange(key_BMHQ.shape[1]) < length
     y_B1HQ = jax.nn.dot_product_attention(query_BHQ[:, None], key_BMHQ, value_BMHQ, mask=mask_M[None, None, None])
     return y_B1HQ[:, 0]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from moejax import partition
@@ -22,9 +23,16 @@ def make_eval_step(mesh: Mesh) -> EvalStep:
     return jax.jit(eval_step, out_shardings=partition.replicated(mesh))
 
 
-def evaluate(model: lm.Lm, step: EvalStep, batches: Iterator[dict[str, Any]], mesh: Mesh) -> dict[str, float]:
-    """Mean loss over all counted tokens of the batches: {"loss" nats/token, "tokens", and "dropped" for MoE models}."""
+def evaluate(model: lm.Lm, step: EvalStep, batches: Iterator[dict[str, Any]], mesh: Mesh) -> dict[str, Any]:
+    """Mean loss over all counted tokens of the batches.
+
+    Returns:
+      loss: nats a token. tokens: how many count. For MoE models dropped, the share of the choices beyond capacity, and
+      preferred_ML: of the first batch, for each MoE layer, the expert with the largest gate of every token that is not
+      padding, int16.
+    """
     nats = tokens = dropped = choices = 0.0
+    preferred_ML = None
     for batch in batches:
         sums = jax.device_get(step(model, jax.device_put(batch, partition.batch_sharding(mesh))))
         nats += float(sums["nats"])
@@ -32,7 +40,9 @@ def evaluate(model: lm.Lm, step: EvalStep, batches: Iterator[dict[str, Any]], me
         if sums["moe"] is not None:
             dropped += float(sums["moe"].dropped.sum())
             choices += float(sums["moe"].count_E.sum())
-    result = {"loss": nats / max(tokens, 1.0), "tokens": tokens}
-    if choices:
-        result["dropped"] = dropped / choices
+            if preferred_ML is None:
+                preferred_ML = sums["moe"].preferred_BL[:, batch["segment_ids_BL"] > 0].astype(np.int16)
+    result: dict[str, Any] = {"loss": nats / max(tokens, 1.0), "tokens": tokens}
+    if preferred_ML is not None:
+        result |= {"dropped": dropped / max(choices, 1.0), "preferred_ML": preferred_ML}
     return result

@@ -22,14 +22,23 @@ def cross_entropy(logits_BLV: Array, targets_BL: Array) -> Array:
 def sums(model: lm.Lm, batch: dict[str, Array], *, train: bool) -> dict[str, Any]:
     """Runs the model on a batch; sums over the batch, so that its parts add up, but for the balance loss: a mean.
 
+    keys_B in the batch, a random key a row, is for the noise of routers.
+
     Returns:
       nats: summed cross-entropy over the positions that count (loss_mask_BL).
       tokens: how many positions count, float32.
-      moe: the layers' MoeAux, or None; its balance_loss is a mean over groups.
+      moe: the layers' MoeAux, or None; its losses are means over groups. In training it is without preferred_BL.
     """
     logits_BLV, moe_aux = model(
-        batch["inputs_BL"], segment_ids_BL=batch["segment_ids_BL"], positions_BL=batch["positions_BL"], train=train
+        batch["inputs_BL"],
+        segment_ids_BL=batch["segment_ids_BL"],
+        positions_BL=batch["positions_BL"],
+        labels_BL=batch.get("labels_BL"),
+        keys_B=batch.get("keys_B"),
+        train=train,
     )
+    if moe_aux is not None and train:
+        moe_aux = moe_aux._replace(preferred_BL=None)
     mask_BL = batch["loss_mask_BL"].astype(jnp.float32)
     nats_BL = cross_entropy(logits_BLV, batch["targets_BL"])
     return {"nats": jnp.sum(nats_BL * mask_BL), "tokens": jnp.sum(mask_BL), "moe": moe_aux}

@@ -11,6 +11,7 @@ import numpy as np
 import tensorboardX
 import tqdm
 
+from moejax import config as config_lib
 from moejax import files
 
 SCALARS = (
@@ -19,9 +20,11 @@ SCALARS = (
     "validation_loss",
     "learning_rate",
     "grad_norm",
-    "balance_loss",
+    *(f"{name}_loss" for name in (*config_lib.MOE_LOSSES, "relu")),
     "tokens_per_second",
 )
+# Of these a row has a number a MoE layer; see `state.routing_metrics` and `probe.Probe`.
+BY_LAYER = ("max_load", "unused_experts", "dropped", "router_entropy", "experts_per_token", "coactivation", "churn")
 
 
 class MetricsWriter:
@@ -42,11 +45,9 @@ class MetricsWriter:
         for name in SCALARS:
             if name in row:
                 self._events.add_scalar(name, row[name], row["step"])
-        for name in ("dropped", "router_entropy"):
+        for name in BY_LAYER:
             for layer, value in enumerate(row.get(name, ())):
                 self._events.add_scalar(f"{name}/layer_{layer}", value, row["step"])
-        for layer, load_E in enumerate(row.get("load", ())):
-            self._events.add_scalar(f"max_load/layer_{layer}", max(load_E) * len(load_E), row["step"])
 
     def flush(self) -> None:
         """Puts every row on disk."""

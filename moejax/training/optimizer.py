@@ -7,8 +7,8 @@ from flax import nnx
 from moejax import config as config_lib
 
 # Matrices in shape that are not weights of a linear map: Mamba's reference code does not decay A_log, and the
-# convolution is depthwise. An embedding row is a vector a token.
-_NOT_WEIGHTS = ("A_log", "conv_kernel", "embedding")
+# convolution is depthwise. An embedding row is a vector a token, and a row of a bias one an expert.
+_NOT_WEIGHTS = ("A_log", "conv_kernel", "embedding", "up_bias", "down_bias")
 
 
 def schedule(config: config_lib.Config) -> optax.Schedule:
@@ -35,7 +35,7 @@ def decay_mask(model: optax.Params, kind: str) -> optax.Params:
     """
 
     def decays(path, variable: nnx.Variable) -> bool:
-        name = path[-1].name
+        name = path[-1].key if isinstance(path[-1], jax.tree_util.DictKey) else path[-1].name
         return kind == "all" or (len(variable.get_metadata()["axes"]) >= 2 and name not in _NOT_WEIGHTS)
 
     def of(path, node):

@@ -16,6 +16,7 @@ from moejax import config as config_lib
 from moejax import partition
 from moejax.layers import moe
 from moejax.models import lm
+from moejax.ops import balance
 from moejax.training import loss, optimizer
 
 Batch = dict[str, Array]
@@ -56,8 +57,14 @@ def shardings(config: config_lib.Config, mesh: Mesh) -> TrainState:
 
 def _init(config: config_lib.Config) -> TrainState:
     model = lm.Lm(config.model, rngs=nnx.Rngs(params=config.training.seed))
-    opt_state = optimizer.build(config).init(model)  # pyright: ignore[reportArgumentType]
+    opt_state = optimizer.build(config).init(_split(model)[1])
     return TrainState(step=jnp.zeros((), jnp.int32), model=model, opt_state=opt_state)
+
+
+def _split(model: lm.Lm) -> tuple[Any, Any, Any]:
+    """(structure, parameters, router state): only parameters have gradients and moments."""
+    structure, params, routers = nnx.split(model, nnx.Param, ...)  # pyright: ignore[reportAssignmentType]
+    return structure, params, routers
 
 
 def make_train_step(
@@ -65,33 +72,39 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """The jitted update: (state, batch) -> (state, metrics). The state that goes in is consumed.
 
-    The objective is the mean cross-entropy over the batch's counted tokens plus balance_weight times the load-balance
-    loss, averaged over layers and groups. Microbatches change neither: each part's sums are divided by the whole
-    batch's count.
+    The objective is the mean cross-entropy over the batch's counted tokens plus the router's auxiliary losses, each by
+    its weight, averaged over groups and, by model.moe.layer_reduction, averaged or summed over layers. Microbatches
+    change neither: each part's sums are divided by the whole batch's count. Noise is drawn row by row, by keys that
+    depend on training.seed and the step alone.
 
-    Metrics (device arrays): loss, grad_norm, learning_rate, tokens, and for MoE models those of `routing_metrics`.
+    Metrics (device arrays): loss, grad_norm, learning_rate, tokens, and for MoE models routing (`routing_metrics`).
     """
     tx, learning_rate = optimizer.build(config), optimizer.schedule(config)
-    balance_weight = config.model.moe.balance_weight
+    moe_config = config.model.moe
+    weights = moe_config.loss_weights()
+    reduce_layers = jnp.mean if moe_config.layer_reduction == "mean" else jnp.sum
 
-    def objective(model: lm.Lm, batch: Batch, num_tokens: Array, share: float) -> tuple[Array, dict[str, Any]]:
-        sums = loss.sums(model, batch, train=True)
+    def objective(
+        params: Any, fixed: tuple[Any, Any], batch: Batch, num_tokens: Array, share: float
+    ) -> tuple[Array, dict[str, Any]]:
+        sums = loss.sums(nnx.merge(fixed[0], params, fixed[1]), batch, train=True)
         total = sums["nats"] / num_tokens
         if sums["moe"] is not None:
-            sums["moe"] = sums["moe"]._replace(balance_loss=share * sums["moe"].balance_loss)
-            total += balance_weight * jnp.mean(sums["moe"].balance_loss)
+            losses = {name: share * value_L for name, value_L in sums["moe"].losses.items()}
+            sums["moe"] = sums["moe"]._replace(losses=losses)
+            total += sum(weights[name] * reduce_layers(value_L) for name, value_L in losses.items())
         return total, sums
 
-    def gradients(model: lm.Lm, batch: Batch) -> tuple[dict[str, Any], lm.Lm]:
+    def gradients(params: Any, fixed: tuple[Any, Any], batch: Batch) -> tuple[dict[str, Any], Any]:
         grad = jax.grad(objective, has_aux=True)
         num_tokens = jnp.maximum(jnp.sum(batch["loss_mask_BL"], dtype=jnp.float32), 1.0)
         parts = config.training.num_microbatches
         if parts == 1:
-            grads, sums = grad(model, batch, num_tokens, 1.0)
+            grads, sums = grad(params, fixed, batch, num_tokens, 1.0)
             return sums, grads
 
         def add_part(total, part: Batch):
-            grads, sums = grad(model, part, num_tokens, 1.0 / parts)
+            grads, sums = grad(params, fixed, part, num_tokens, 1.0 / parts)
             return jax.tree.map(jnp.add, total, (sums, grads)), None
 
         part_sharding = partition.batch_sharding(mesh)
@@ -104,15 +117,19 @@ def make_train_step(
 
         split_batch = jax.tree.map(split, batch)
         first = jax.tree.map(lambda x: x[0], split_batch)
-        shapes = jax.eval_shape(lambda: grad(model, first, num_tokens, 1.0))
+        shapes = jax.eval_shape(lambda: grad(params, fixed, first, num_tokens, 1.0))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[1], shapes[0]))
         (sums, grads), _ = jax.lax.scan(add_part, zeros, split_batch)
         return sums, grads
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        sums, grads = gradients(state.model, batch)
-        updates, opt_state = tx.update(grads, state.opt_state, state.model)  # pyright: ignore[reportArgumentType]
-        model = optax.apply_updates(state.model, updates)  # pyright: ignore[reportArgumentType]
+        if _has_noise(config.model):
+            key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
+            batch = batch | {"keys_B": jax.random.split(key, batch["inputs_BL"].shape[0])}
+        structure, params, routers = _split(state.model)
+        sums, grads = gradients(params, (structure, routers), batch)
+        updates, opt_state = tx.update(grads, state.opt_state, params)
+        model = nnx.merge(structure, optax.apply_updates(params, updates), routers)
         metrics = {
             "loss": sums["nats"] / jnp.maximum(sums["tokens"], 1.0),
             "tokens": sums["tokens"],
@@ -120,8 +137,10 @@ def make_train_step(
             "learning_rate": learning_rate(state.step),
         }
         if sums["moe"] is not None:
-            metrics |= routing_metrics(sums["moe"], sums["tokens"])
-        return TrainState(step=state.step + 1, model=model, opt_state=opt_state), metrics  # pyright: ignore
+            num_valid = jnp.sum(batch["segment_ids_BL"] > 0, dtype=jnp.int32)
+            metrics["routing"] = routing_metrics(sums["moe"], num_valid)
+            _update_routers(model, sums["moe"], num_valid, moe_config)
+        return TrainState(step=state.step + 1, model=model, opt_state=opt_state), metrics
 
     places, batch_place = shardings(config, mesh), partition.batch_sharding(mesh)
     return jax.jit(
@@ -132,12 +151,57 @@ def make_train_step(
     )
 
 
-def routing_metrics(moe_aux: moe.MoeAux, num_tokens: Array) -> dict[str, Array]:
-    """balance_loss (mean over layers) and, a row a layer, load (shares of the experts), dropped and router_entropy."""
-    choices_L = jnp.maximum(moe_aux.count_E.sum(axis=-1), 1)
-    return {
-        "balance_loss": moe_aux.balance_loss.mean(),
-        "load": moe_aux.count_E / choices_L[:, None],
-        "dropped": moe_aux.dropped / choices_L,
-        "router_entropy": moe_aux.entropy / jnp.maximum(num_tokens, 1.0),
+def _has_noise(model: config_lib.ModelConfig) -> bool:
+    moe_config = model.moe
+    noisy = {"switch": moe_config.jitter > 0, "gshard": moe_config.second_threshold > 0, "noisy_top_k": True}
+    return model.uses("moe") and (noisy.get(moe_config.router, False) or moe_config.expert_dropout > 0)
+
+
+def _update_routers(model: lm.Lm, moe_aux: moe.MoeAux, num_valid: Array, moe_config: config_lib.MoeConfig) -> None:
+    """What routers keep beside their weights moves on by the counts of the whole batch, in place: `model` is new."""
+    for layer, place in lm.moe_layers(model):
+        state = layer.router.state
+        match moe_config.router:
+            case "sigmoid_bias":
+                assert state is not None
+                update = functools.partial(balance.bias_update, rate=moe_config.bias_rate)
+                state[...] = (jax.vmap(update) if state[...].ndim == 2 else update)(state[...], moe_aux.count_E[place])
+            case "relu":  # one coefficient for all layers
+                assert state is not None
+                num_layers = moe_aux.count_E.shape[0]
+                state[...] = balance.coefficient_update(
+                    state[...],
+                    moe_aux.count_E.sum(),
+                    num_layers * num_valid,
+                    k=moe_config.num_choices,
+                    multiplier=moe_config.relu_multiplier,
+                )
+
+
+def routing_metrics(moe_aux: moe.MoeAux, num_valid: Array) -> dict[str, Array]:
+    """Statistics of a step, a row a MoE layer, but for the losses, which are means over layers, without their weights.
+
+    {name}_loss for each auxiliary loss of the router. load: shares of the experts in the choices. max_load: the largest
+    load over the mean. unused_experts: share of the experts without a token. dropped: share of the choices.
+    router_entropy: mean over tokens, in nats. experts_per_token: choices a token. coactivation, where a token has
+    several choices: the share of the tokens that chose the pair of experts which is chosen most often.
+
+    num_valid: tokens that are not padding.
+    """
+    num_experts = moe_aux.count_E.shape[-1]
+    choices_L = moe_aux.count_E.sum(axis=-1)
+    load_LE = moe_aux.count_E / jnp.maximum(choices_L, 1)[:, None]
+    tokens = jnp.maximum(num_valid, 1)
+    metrics = {f"{name}_loss": value_L.mean() for name, value_L in moe_aux.losses.items()}
+    metrics |= {
+        "load": load_LE,
+        "max_load": load_LE.max(axis=-1) * num_experts,
+        "unused_experts": jnp.mean(moe_aux.count_E == 0, axis=-1),
+        "dropped": moe_aux.dropped / jnp.maximum(choices_L, 1),
+        "router_entropy": moe_aux.entropy / tokens,
+        "experts_per_token": choices_L / tokens,
     }
+    if moe_aux.together_EE is not None:
+        pairs_LEE = jnp.where(jnp.eye(num_experts, dtype=bool), 0, moe_aux.together_EE)
+        metrics["coactivation"] = pairs_LEE.max(axis=(1, 2)) / tokens
+    return metrics

@@ -10,12 +10,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from moejax import config as config_lib
 from moejax import files, partition
 from moejax.data import pipeline
 from moejax.models import lm
-from moejax.training import checkpoint, evaluate, folder, metrics
+from moejax.training import checkpoint, evaluate, folder, metrics, tables
+from moejax.training import probe as probe_lib
 from moejax.training import state as state_lib
 
 
@@ -61,11 +63,14 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
         )
     mesh = partition.make_mesh(config.mesh)
     partition.check_batch(config, mesh)
+    table_V = tables.read(config)
     abstract = state_lib.abstract(config, mesh)
     data = pipeline.load(config.data, folder.load_tokenizer(workdir))
     folder.check_vocabulary(config, data.tokenizer)
     folder.check_corpus(data, workdir)
     metrics.say(describe(config, mesh, data))
+    for note in notes(config, data):
+        metrics.say(note)
 
     # Resume wins over initialisation. The folder is written to only once there is something to go on from.
     workdir.mkdir(parents=True, exist_ok=True)
@@ -73,6 +78,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
     restored = checkpoints.restore(abstract, on_corrupt=folder.report_corrupt(workdir))
     if restored is None:
         state, start = state_lib.create(config, mesh), 0
+        tables.fill(state.model, tables.balanced(config, data) if table_V is None else table_V)
     else:
         state, start = restored
         metrics.say(f"resuming from step {start} in {workdir}{''.join(f', {change}' for change in changed)}")
@@ -106,6 +112,7 @@ def run_steps(
     writer = metrics.MetricsWriter(workdir, step=start)
     console = metrics.Console(num_steps=num_steps, step=start, log_every=config.training.log_every)
     log = RowLog(config, writer, console, start)
+    probe = probe_lib.Probe(workdir, step=start)
     batches = pipeline.train_batches(data, config.data, start, host=jax.process_index(), num_hosts=jax.process_count())
     place = partition.batch_sharding(mesh)
     try:
@@ -119,7 +126,11 @@ def run_steps(
 
             if step % config.training.eval_every == 0 or step == num_steps:
                 held_out = pipeline.validation_batches(data, config.data, config.training.eval_batches)
-                log.validation_loss = evaluate.evaluate(state.model, eval_step, held_out, mesh)["loss"]
+                evaluation = evaluate.evaluate(state.model, eval_step, held_out, mesh)
+                log.evaluation["validation_loss"] = evaluation["loss"]
+                if "preferred_ML" in evaluation:
+                    churn_M = probe.churn(evaluation["preferred_ML"], step)
+                    log.evaluation |= {} if churn_M is None else {"churn": churn_M}
             stopped_by = stop.signal  # read once: a signal may come between any two lines
             if step % config.checkpoint.every == 0 or step == num_steps or stopped_by:
                 log.finish_pending(checkpoints)  # a checkpoint is never ahead of metrics.jsonl, nor past a NaN
@@ -140,7 +151,7 @@ class RowLog:
 
     def __init__(self, config: config_lib.Config, writer: metrics.MetricsWriter, console: metrics.Console, start: int):
         self.pending: tuple[int, dict[str, Any]] | None = None
-        self.validation_loss: float | None = None
+        self.evaluation: dict[str, Any] = {}  # of the pending step
         self._config, self._writer, self._console = config, writer, console
         last = writer.last or {}
         self._tokens: int = last.get("tokens", 0)
@@ -171,12 +182,10 @@ class RowLog:
             "learning_rate": float(values["learning_rate"]),
             "grad_norm": grad_norm,
         }
-        if self.validation_loss is not None:
-            row["validation_loss"], self.validation_loss = self.validation_loss, None
+        row |= self.evaluation
+        self.evaluation = {}
         row |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
-        if "load" in values:
-            row["balance_loss"] = float(values["balance_loss"])
-            row |= {name: values[name] for name in ("load", "dropped", "router_entropy")}
+        row |= {name: value if value.ndim else float(value) for name, value in values.get("routing", {}).items()}
         self._writer.write(row)
 
         if not self._compiling:  # the first step's time is mostly the compiler's
@@ -199,9 +208,31 @@ class RowLog:
             )
 
 
+def notes(config: config_lib.Config, data: pipeline.Data) -> list[str]:
+    """What a user should know of the router before the run, a line each."""
+    if not config.model.uses("moe"):
+        return []
+    c, found = config.model.moe, []
+    order = "choices" if c.router == "gshard" and c.capacity_order == "auto" else c.capacity_order
+    if order == "choices" and c.num_choices > 1 and c.dispatch != "dropless" and c.capacity_factor:
+        found.append(
+            "note: with model.moe.capacity_order=choices, as in GShard, whether a second choice is dropped depends on "
+            "later tokens; capacity_order=tokens does not look ahead"
+        )
+    if c.router == "sinkhorn":
+        found.append(
+            "note: router=sinkhorn balances over all tokens of a group in training, later ones included; "
+            "evaluation and generation choose by the token alone"
+        )
+    if c.router == "label":
+        found.append(f"{len(data.labels)} labels over {c.num_experts} experts: {', '.join(data.labels[:12])}")
+    return found
+
+
 def describe(config: config_lib.Config, mesh: jax.sharding.Mesh, data: pipeline.Data) -> str:
     """One line: what is trained on what."""
-    num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(lm.abstract(config.model)))
+    params = nnx.state(lm.abstract(config.model), nnx.Param)
+    num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     count = f", {data.num_tokens:,} tokens" if data.num_tokens is not None else ""
     left_out = f"; {data.num_left_out:,} blank or unreadable left out" if data.num_left_out else ""

@@ -112,7 +112,7 @@ def test_scanned_periods_equal_a_loop_over_their_blocks():
     expected_logits, expected_aux = run_unstacked(model, tokens)
     assert len(np.unique(expected_aux.entropy)) == 6  # six MoE layers, no two alike
     np.testing.assert_allclose(logits, expected_logits, atol=1e-4)
-    for actual, expected in zip(aux, expected_aux, strict=True):
+    for actual, expected in zip(jax.tree.leaves(aux), jax.tree.leaves(expected_aux), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-4)
 
 
@@ -124,7 +124,7 @@ def test_gradients_through_scanned_periods_equal_those_through_a_loop(fill):
     def gradient(forward):
         def loss(model):
             logits, aux = forward(model, tokens)
-            return (weight * logits).sum() + aux.balance_loss @ jnp.arange(1.0, 4.0)
+            return (weight * logits).sum() + aux.losses["balance"] @ jnp.arange(1.0, 4.0)
 
         return jax.grad(loss)
 
@@ -240,7 +240,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_router_and_logits_in
     def run(model):
         def loss(model):
             logits, aux = model(tokens, train=True)
-            return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - logits[..., 0]) + aux.balance_loss.mean(), logits
+            return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - logits[..., 0]) + aux.losses["balance"].mean(), logits
 
         return jax.grad(loss, has_aux=True)(model)
 

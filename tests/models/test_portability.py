@@ -21,7 +21,7 @@ model = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32)
 def run(model):
     def loss(model):
         logits, aux = model(jnp.arange(6)[None] % 7, train=True)
-        return (logits ** 2).mean() + aux.balance_loss.sum()
+        return (logits ** 2).mean() + aux.losses["balance"].sum()
     value, gradient = jax.value_and_grad(loss)(model)
     return value, sum(abs(leaf).sum() for leaf in jax.tree.leaves(gradient))
 

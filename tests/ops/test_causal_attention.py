@@ -1,4 +1,4 @@
-"""Rotary positions are rotations, and attention is the softmax of its definition over the past of a document."""
+"""Rotary positions are rotations, and attention is the softmax of its definition over a document, or its past."""
 
 import functools
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moejax.ops import attention
 
@@ -18,16 +19,17 @@ def draw(count, seed=0) -> Any:
     return [rng.normal(size=(BATCH, LENGTH, HEADS, WIDTH)).astype(np.float32) for _ in range(count)]
 
 
-def attend(inputs, segments):
+def attend(inputs, segments, causal=True):
     """By loops in float64 over rows, heads and positions."""
     query, key, value = (np.asarray(x, np.float64) for x in inputs)
     y = np.zeros(query.shape)
     for b in range(query.shape[0]):
         for h in range(query.shape[2]):
             for t in range(query.shape[1]):
-                past = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
-                weights = np.exp([query[b, t, h] @ key[b, s, h] / np.sqrt(query.shape[3]) for s in past])
-                y[b, t, h] = sum(w * value[b, s, h] for w, s in zip(weights / weights.sum(), past, strict=True))
+                end = t + 1 if causal else query.shape[1]
+                seen = [s for s in range(end) if segments[b, s] == segments[b, t]]
+                weights = np.exp([query[b, t, h] @ key[b, s, h] / np.sqrt(query.shape[3]) for s in seen])
+                y[b, t, h] = sum(w * value[b, s, h] for w, s in zip(weights / weights.sum(), seen, strict=True))
     return y
 
 
@@ -59,27 +61,28 @@ def test_rotary_products_depend_on_the_distance_alone():
     assert np.abs(near - np.einsum("blhq,bmhq->bhlm", query, key)).max() > 0.1  # it does turn
 
 
-@jax.jit
-def run(query, key, value, segments, dy):
+@functools.partial(jax.jit, static_argnames="causal")
+def run(query, key, value, segments, dy, *, causal):
     def outputs(*qkv):
-        return attention.causal_attention(*qkv, segment_ids_BL=segments)
+        return attention.attention(*qkv, segment_ids_BL=segments, **({} if causal else {"causal": False}))
 
     y, pull_back = jax.vjp(outputs, query, key, value)
     return y, pull_back(dy)
 
 
-def test_values_and_gradients_equal_a_loop(slope):
-    """Packed and not. 1e-5: float32 softmax over five terms of size one."""
+@pytest.mark.parametrize("causal", [True, False])
+def test_values_and_gradients_equal_a_loop(causal, slope):
+    """Packed and not; causal by default. 1e-5: float32 softmax over five terms of size one."""
     *qkv, dy = draw(4)
     directions = draw(3, seed=1)
     for segments in (SEGMENTS, None):
         ids = np.ones((BATCH, LENGTH)) if segments is None else segments
-        y, gradients = run(*qkv, segments, dy)
-        np.testing.assert_allclose(y, attend(qkv, ids), atol=1e-5)
+        y, gradients = run(*qkv, segments, dy, causal=causal)
+        np.testing.assert_allclose(y, attend(qkv, ids, causal), atol=1e-5)
         for position in range(3):
 
             def loss(x, position=position, ids=ids):
-                return (dy * attend([*qkv[:position], x, *qkv[position + 1 :]], ids)).sum()
+                return (dy * attend([*qkv[:position], x, *qkv[position + 1 :]], ids, causal)).sum()
 
             expected = slope(loss, qkv[position], directions[position])
             np.testing.assert_allclose((gradients[position] * directions[position]).sum(), expected, rtol=1e-4)

@@ -35,12 +35,12 @@ def test_schedule_without_warmup_starts_at_the_peak(config):
 
 def test_matrices_decays_the_weights_of_linear_maps_and_all_decays_everything(config):
     config.model.period = ("mamba", "moe", "attention", "mlp")
-    config.model.mlp.bias = True
+    config.model.mlp.bias = config.model.moe.bias = True
     model = lm.abstract(config.model)
     decayed, spared = set(), set()
     for path, decays in jax.tree_util.tree_leaves_with_path(optimizer.decay_mask(model, "matrices")):
         (decayed if decays else spared).add(path[-2].name)
-    assert decayed == {"in_proj", "x_proj", "dt_proj", "out_proj", "router", "up", "down", "qkv", "out"}
+    assert decayed == {"in_proj", "x_proj", "dt_proj", "out_proj", "weight", "up", "down", "qkv", "out"}
     assert spared == {
         "embedding", "A_log", "D", "dt_bias", "conv_kernel", "conv_bias", "scale", "up_bias", "down_bias",
     }  # fmt: skip

@@ -75,8 +75,8 @@ def test_loss_is_the_mean_over_counted_tokens_plus_the_weighted_balance_loss(con
     _, metrics = one_step(config)
     np.testing.assert_allclose(metrics["loss"], np.mean(nats), rtol=1e-5)
     assert metrics["tokens"] == len(nats)
-    np.testing.assert_allclose(metrics["balance_loss"], np.mean(aux.balance_loss), rtol=1e-5)
-    np.testing.assert_allclose(metrics["load"].sum(axis=-1), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(metrics["routing"]["balance_loss"], np.mean(aux.losses["balance"]), rtol=1e-5)
+    np.testing.assert_allclose(metrics["routing"]["load"].sum(axis=-1), 1.0, rtol=1e-6)
 
 
 def test_balance_weight_reaches_the_router_and_no_other_expert_parameter(config):
@@ -85,21 +85,21 @@ def test_balance_weight_reaches_the_router_and_no_other_expert_parameter(config)
     def gradient(weight):
         def objective(model):
             sums = loss.sums(model, batch, train=True)
-            return weight * jnp.mean(sums["moe"].balance_loss)
+            return weight * jnp.mean(sums["moe"].losses["balance"])
 
         return jax.jit(jax.grad(objective))(tiny.model(config.model))
 
     with_weight, without = gradient(1.0), gradient(0.0)
     moe, none = with_weight.periods.blocks[1].branches[0], without.periods.blocks[1].branches[0]
-    assert np.abs(moe.router[...]).max() > 0
-    assert np.abs(none.router[...]).max() == 0
+    assert np.abs(moe.router.weight[...]).max() > 0
+    assert np.abs(none.router.weight[...]).max() == 0
     assert np.abs(moe.up[...]).max() == 0
 
     config.model.moe.balance_weight = 0.0
     plain, _ = one_step(config)
     config.model.moe.balance_weight = 10.0
     weighted, _ = one_step(config)
-    routers = [model.periods.blocks[1].branches[0].router[...] for model in (plain, weighted)]
+    routers = [model.periods.blocks[1].branches[0].router.weight[...] for model in (plain, weighted)]
     assert np.abs(routers[0] - routers[1]).max() > 1e-4
 
 
@@ -109,8 +109,10 @@ def test_microbatches_change_no_number_though_rows_count_different_tokens(config
     config.training.num_microbatches = parts
     split, split_metrics = one_step(config)
     assert_same_update(whole, split, 2e-5)
-    for name, value in whole_metrics.items():
-        np.testing.assert_allclose(split_metrics[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+    for name, value in {**whole_metrics, **whole_metrics["routing"]}.items():
+        if name != "routing":
+            split_value = {**split_metrics, **split_metrics["routing"]}[name]
+            np.testing.assert_allclose(split_value, value, rtol=2e-5, atol=1e-6, err_msg=name)
 
 
 def test_microbatches_on_four_of_eight_devices_change_no_number(config):
@@ -131,8 +133,8 @@ def test_the_update_does_not_depend_on_the_mesh(config, axis):
     many, many_metrics = one_step(config)
     np.testing.assert_allclose(many_metrics["loss"], one_metrics["loss"], rtol=1e-5)
     np.testing.assert_allclose(many_metrics["grad_norm"], one_metrics["grad_norm"], rtol=1e-4)
-    np.testing.assert_array_equal(many_metrics["load"], one_metrics["load"])
-    np.testing.assert_array_equal(many_metrics["dropped"], one_metrics["dropped"])
+    np.testing.assert_array_equal(many_metrics["routing"]["load"], one_metrics["routing"]["load"])
+    np.testing.assert_array_equal(many_metrics["routing"]["dropped"], one_metrics["routing"]["dropped"])
     assert_same_update(one, many, 2e-5)
 
 

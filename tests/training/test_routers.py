@@ -1,0 +1,191 @@
+"""Laws of the train step that hold with every router: its state, its noise, and no dependence on the layout."""
+
+import copy
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from test_state import make_batch
+
+from moejax import config as config_lib
+from moejax import partition, rules
+from moejax.models import lm
+from moejax.training import state
+
+# Those with noise, state, a choice over a whole group, or a dispatch of their own; test_state.py has top_k. Compiling a
+# step for eight devices is what takes the time here.
+ROUTERS = ("noisy_top_k", "switch", "gshard", "sigmoid_bias", "sinkhorn", "relu")
+
+
+def settings(router: str) -> config_lib.Config:
+    c = tiny.get_config("unused")
+    c.model.period, c.model.num_periods = ("moe",), 2
+    c.model.moe.router = router
+    c.data.label = "folder"
+    c.optimizer.eps = 1e-3  # Adam's first update is g / (|g| + eps): a tiny eps turns rounding of a tiny g into a flip
+    c.model.embedding_std = 0.5
+    if router == "noisy_top_k":
+        c.model.moe.load_weight = 0.5
+    return c
+
+
+def run(config: config_lib.Config, num_steps: int = 1):
+    """The state and the metrics after some steps on one batch."""
+    return _run(copy.deepcopy(config), num_steps)
+
+
+@functools.cache
+def _run(config: config_lib.Config, num_steps: int):
+    rules.validate(config)
+    batch = make_batch(config)
+    batch["labels_BL"] = np.where(batch["segment_ids_BL"] > 0, batch["segment_ids_BL"] - 1, -1)
+    mesh = partition.make_mesh(config.mesh, jax.devices()[:1] if config.mesh.fsdp == -1 else None)
+    partition.check_batch(config, mesh)
+    current = state.create(config, mesh)
+    step, placed = state.make_train_step(config, mesh), jax.device_put(batch, partition.batch_sharding(mesh))
+    metrics = []
+    for _ in range(num_steps):
+        current, numbers = step(current, placed)
+        metrics.append(jax.device_get(numbers))
+    return jax.device_get(current.model), metrics
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_layout_changes_no_number_with_any_router(router):
+    """Two microbatches on four devices against one batch on one: loss, statistics, update and state; noise included."""
+    config = settings(router)
+    whole, (whole_metrics,) = run(config)
+    config.mesh, config.training.num_microbatches = config_lib.MeshConfig(data=2, expert=2, tensor=2), 2
+    split, (split_metrics,) = run(config)
+    numbers = {**whole_metrics, **whole_metrics["routing"]}
+    others = {**split_metrics, **split_metrics["routing"]}
+    for name in numbers.keys() - {"routing"}:
+        np.testing.assert_allclose(others[name], numbers[name], rtol=5e-5, atol=1e-6, err_msg=name)
+    for a, b in zip(jax.tree.leaves(split), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("devices", "microbatches"), [(2, 4), (4, 2), (8, 1), (8, 2)])
+def test_the_gradient_of_the_balance_loss_does_not_depend_on_devices_or_microbatches(devices, microbatches):
+    """The loss alone: with no token counted, the router's first update is that of the balance loss."""
+    config = settings("top_k")
+    config.data.batch_size, config.model.moe.balance_weight, config.model.num_periods = 16, 1.0, 1
+    config.training.num_microbatches = microbatches
+    config.mesh = config_lib.MeshConfig(data=devices, tensor=8 // devices)
+    actual = balance_gradient(config)
+    config.mesh, config.training.num_microbatches = config_lib.MeshConfig(data=1, fsdp=-1), 1
+    expected = balance_gradient(config)
+    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_allclose(actual, expected, atol=2e-6, rtol=1e-4)
+
+
+@functools.cache
+def _balance_gradient(config: config_lib.Config) -> np.ndarray:
+    config.optimizer.clip_norm, config.optimizer.weight_decay, config.optimizer.warmup_steps = 0.0, 0.0, 0
+    config.optimizer.learning_rate, config.optimizer.eps = 1.0, 1e6  # so an update is -g / 1e6
+    batch = make_batch(config)
+    batch["loss_mask_BL"] = np.zeros_like(batch["loss_mask_BL"])
+    mesh = partition.make_mesh(config.mesh, jax.devices()[:1] if config.mesh.fsdp == -1 else None)
+    before = state.create(config, mesh)
+    after, _ = state.make_train_step(config, mesh)(before, jax.device_put(batch, partition.batch_sharding(mesh)))
+    moved = np.asarray(
+        after.opt_state[0].mu["periods"]["blocks"][0]["branches"][0]["router"]["weight"][...], np.float64
+    )
+    return moved / (1 - config.optimizer.beta1)
+
+
+def balance_gradient(config: config_lib.Config) -> np.ndarray:
+    """Of the router's weight, from Adam's first moment."""
+    return _balance_gradient(copy.deepcopy(config))
+
+
+def test_biases_move_by_the_rate_towards_balance_and_no_optimizer_touches_them():
+    config = settings("sigmoid_bias")
+    config.optimizer.decay = "all"
+    model, metrics = run(config, num_steps=3)
+    expected = np.zeros((2, 4), np.float32)
+    for numbers in metrics:
+        expected += np.float32(config.model.moe.bias_rate) * np.sign(1 / 4 - numbers["routing"]["load"] + 0.0)
+    state_LE = model.periods.blocks[0].branches[0].router.state[...]
+    assert np.abs(state_LE).max() > 0
+    np.testing.assert_allclose(state_LE, expected, atol=1e-7)
+
+
+def test_the_coefficient_of_relu_routing_grows_until_few_enough_experts_are_used():
+    config = settings("relu")
+    config.model.moe.relu_coefficient = 1e-3
+    model, metrics = run(config, num_steps=3)
+    coefficient = 1e-3
+    for numbers in metrics:
+        too_dense = numbers["routing"]["experts_per_token"].mean() > 1
+        coefficient *= 1.2 if too_dense else 1 / 1.2
+    np.testing.assert_allclose(model.periods.blocks[0].branches[0].router.state[...], coefficient, rtol=1e-5)
+    assert metrics[0]["routing"]["relu_loss"] > 0
+
+
+def test_router_state_has_no_moments_and_is_no_parameter():
+    config = settings("sigmoid_bias")
+    abstract = state.abstract(config, partition.make_mesh(config.mesh, jax.devices()[:1]))
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract.opt_state)]
+    assert any("router" in path and "weight" in path for path in paths)
+    assert not any("state" in path.split("router")[-1] for path in paths if "router" in path)
+
+
+@pytest.mark.parametrize("router", ["switch", "gshard", "noisy_top_k"])
+def test_noise_is_new_every_step_and_the_same_for_the_same_step(router):
+    config = settings(router)
+    config.optimizer.learning_rate, config.model.moe.jitter, config.model.moe.second_threshold = 0.0, 0.5, 1.0
+    _, metrics = run(config, num_steps=2)
+    _, again = _run.__wrapped__(copy.deepcopy(config), 2)
+    assert [m["loss"] for m in metrics] == [m["loss"] for m in again]
+    assert metrics[0]["loss"] != metrics[1]["loss"]
+    config.model.moe.jitter, config.model.moe.second_threshold = 0.0, 0.0
+    if router != "noisy_top_k":
+        _, still = run(config, num_steps=2)
+        assert still[0]["loss"] == still[1]["loss"]
+
+
+def test_layers_are_summed_or_averaged():
+    config = settings("top_k")
+    config.model.moe.balance_weight, config.optimizer.clip_norm = 1.0, 0.0
+    gradients = {}
+    for reduction in ("mean", "sum"):
+        config.model.moe.layer_reduction = reduction
+        gradients[reduction] = balance_gradient(config)
+    np.testing.assert_allclose(gradients["sum"], 2 * gradients["mean"], rtol=1e-4, atol=1e-7)
+
+
+def test_moe_layers_names_every_layer_once_in_depth_order():
+    c = tiny.get_config("unused").model
+    c.prefix, c.period, c.num_periods, c.suffix = ("moe",), ("moe", "mlp|moe"), 2, ("mlp", "moe")
+    places = []
+    for layer, place in lm.moe_layers(lm.abstract(c)):
+        stacked = layer.up.shape[0] == 2 and len(layer.up.shape) == 4
+        places.append(list(range(*place.indices(6))) if isinstance(place, slice) else place)
+        assert stacked == isinstance(place, slice)
+    assert places == [0, [1, 3], [2, 4], 5]
+
+
+def test_statistics_of_a_step_equal_those_of_hand_made_counts():
+    from moejax.layers import moe
+
+    aux = moe.MoeAux(
+        losses={"balance": jnp.array([1.0, 3.0])},
+        count_E=jnp.array([[6, 2, 0, 0], [2, 2, 2, 2]]),
+        dropped=jnp.array([2, 0]),
+        entropy=jnp.array([4.0, 8.0]),
+        together_EE=jnp.array([[[6, 2, 0, 0], [2, 2, 0, 0], [0] * 4, [0] * 4], np.eye(4) * 2]).astype(jnp.int32),
+        preferred_BL=None,
+    )
+    numbers = state.routing_metrics(aux, jnp.array(4))
+    expected = {
+        "balance_loss": 2.0, "load": [[0.75, 0.25, 0, 0], [0.25] * 4], "max_load": [3.0, 1.0],
+        "unused_experts": [0.5, 0.0], "dropped": [0.25, 0.0], "router_entropy": [1.0, 2.0],
+        "experts_per_token": [2.0, 2.0], "coactivation": [0.5, 0.0],
+    }  # fmt: skip
+    assert numbers.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(numbers[name], value, rtol=1e-6, err_msg=name)
