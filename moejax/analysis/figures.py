@@ -4,7 +4,7 @@ matplotlib draws, through `matplotlib.figure.Figure` and not pyplot, so that no 
 figure is narrow and its text stays text, so that a page may scale it from a phone to a sheet of paper.
 """
 
-# S steps, N bins of steps, L layers, E experts
+# S steps, N bins of steps
 
 import dataclasses
 import io
@@ -23,16 +23,18 @@ from matplotlib import lines as mpl_lines
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MAX_BINS = 200  # of a heat map or an averaged curve: about what the width of a page can show
 _DASHES = ("-", "--", ":", "-.")
-_WIDE, _NARROW = 5.2, 3.7  # inches; a phone shows both at about their size, a wide page scales them up
+_MARKERS = ("D", "o", "s", "^")
+_MOST_RAW = 4  # runs whose every training step is drawn; those of more hide each other
+WIDE, NARROW = 5.2, 3.7  # inches; a phone shows both at about their size, a wide page scales them up
 _LONGEST_LABEL = 40  # characters of a run's name that fit the narrow width
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text, not outlines: it can be selected and searched, and is a third of the bytes
     "font.size": 9,
     "axes.labelsize": 9,
     "axes.titlesize": 9,
     "legend.fontsize": 8.5,
     "legend.frameon": False,
-    "legend.handlelength": 1.4,
+    "legend.handlelength": 1.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -106,6 +108,8 @@ def loss(name: str, curves: Sequence[LossCurves], baselines: Mapping[str, float]
     """
     limits = _loss_limits(curves, baselines)
     caption = "Faint: each training step; bold: the moving average; diamonds: the held-out split. Lower is better."
+    if len(curves) > _MOST_RAW:
+        caption = "Lines: the moving average of the training loss; markers: the held-out split. Lower is better."
     if baselines:
         caption += (
             " Dashed: predictors that only count, on the held-out split; a model below bigram uses longer context."
@@ -137,16 +141,17 @@ def _loss_limits(curves: Sequence[LossCurves], baselines: Mapping[str, float]) -
 def _draw_loss(
     name: str, curves: Sequence[LossCurves], baselines: Mapping[str, float], limits: tuple[float, float]
 ) -> str:
-    with matplotlib.rc_context(_STYLE):
-        figure = mpl_figure.Figure(figsize=(_WIDE, 3.4))
+    with matplotlib.rc_context(STYLE):
+        figure = mpl_figure.Figure(figsize=(WIDE, 3.4))
         axes = figure.add_subplot()
         handles: dict[str, mpl_lines.Line2D] = {}
         for index, run in enumerate(curves):
-            colour, dashes = _colour(index, len(curves)), _dashes(index)
+            colour, dashes = _colour(index), _dashes(index)
             marker = "o" if np.isfinite(run.loss_S).sum() == 1 else None  # a line through one point is invisible
             # A tint, not opacity: browsers draw thin transparent lines opaque where they cross themselves.
             tint = tuple(0.35 * part + 0.65 for part in colors.to_rgb(colour))
-            raw = axes.plot(run.steps_S, run.loss_S, color=tint, linewidth=0.7, marker=marker, zorder=1.5)[0]
+            shown_S = run.loss_S if len(curves) <= _MOST_RAW else np.full_like(run.loss_S, np.nan)
+            raw = axes.plot(run.steps_S, shown_S, color=tint, linewidth=0.7, marker=marker, zorder=1.5)[0]
             ema = axes.plot(run.steps_S, run.ema_S, color=colour, linestyle=dashes, linewidth=2, zorder=2.5)[0]
             seen_S = np.isfinite(run.validation_S)
             size = min(5.5, max(2.0, 160 / max(1, seen_S.sum())))  # many markers shrink, not to hide the average
@@ -154,7 +159,7 @@ def _draw_loss(
                 run.steps_S[seen_S],
                 run.validation_S[seen_S],
                 linestyle="none",
-                marker="D",
+                marker=_MARKERS[index // len(PALETTE) % len(_MARKERS)],
                 markersize=size,
                 color=PALETTE[1] if len(curves) == 1 else colour,
                 markeredgecolor="white" if len(curves) == 1 else "black",
@@ -175,8 +180,8 @@ def _draw_loss(
             axes.text(1.01, lowest, f"{label} {level:.2f}", transform=axes.get_yaxis_transform(), va="center", size=8.5)
         axes.set_ylim(*limits)
         axes.set_ylabel("loss (nats/token)")
-        _step_axis(axes)
-        return _svg(figure, name)
+        step_axis(axes)
+        return svg(figure, name)
 
 
 # --- curves ----------------------------------------------------------------------------------------------------------
@@ -191,6 +196,8 @@ def lines(
     ylabel: str,
     from_zero: bool = False,
     wide_range: bool = False,
+    ordered: bool = False,
+    wide: bool = False,
     level: tuple[str, float] | None = None,
 ) -> Panel:
     """Curves label -> (steps, values) in one small figure; the legend is left out where there is one curve.
@@ -203,10 +210,12 @@ def lines(
         ylabel: quantity and unit.
         from_zero: the axis starts at zero.
         wide_range: the axis is logarithmic if the values are positive and span more than a factor of 20.
+        ordered: more curves than colours are shaded from first to last, as layers are; else dashes tell them apart.
+        wide: across the page.
         level: (label, value) of a horizontal line to compare with.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure = mpl_figure.Figure(figsize=(_NARROW, 2.5))
+    with matplotlib.rc_context(STYLE):
+        figure = mpl_figure.Figure(figsize=(WIDE, 2.8) if wide else (NARROW, 2.5))
         axes = figure.add_subplot()
         handles: dict[str, mpl_lines.Line2D] = {}
         for index, (label, (steps_S, values_S)) in enumerate(curves.items()):
@@ -214,7 +223,7 @@ def lines(
             handles[label] = axes.plot(
                 steps_S,
                 values_S,
-                color=_colour(index, len(curves)),
+                color=_shade(index, len(curves)) if ordered else _colour(index),
                 linestyle=_dashes(index),
                 linewidth=1.1,
                 marker=marker,
@@ -232,77 +241,26 @@ def lines(
             axes.set_ylim(0, 1.08 * drawn.max() if drawn.size and drawn.max() > 0 else 1)
         axes.yaxis.set_major_formatter(ticker.FuncFormatter(short))
         axes.set_ylabel(ylabel)
-        _step_axis(axes)
-        return Panel(title=title, caption=caption, svg=_svg(figure, name))
-
-
-# --- expert load -----------------------------------------------------------------------------------------------------
-
-
-def load(name: str, steps_S: np.ndarray, load_SLE: np.ndarray) -> list[Panel]:
-    """Heat maps of expert load over time, one panel a layer, with one scale of colour for all layers.
-
-    Layers are dealt to as many figures as it takes for each to fit a sheet of paper.
-
-    Args:
-        name: unique in the page; prefixes the SVGs' ids.
-        steps_S: steps, ascending.
-        load_SLE: share of the layer's routed tokens; a balanced expert has 1 / E, shown as 1.
-    """
-    num_layers, num_experts = load_SLE.shape[1:]
-    _, load_NLE = bin_means(steps_S, load_SLE * num_experts)
-    # A few early bins of a collapsed router would otherwise take all the colours from the rest of the run.
-    top = max(2.0, float(np.nanpercentile(load_NLE, 99.5))) if np.isfinite(load_NLE).any() else 2.0
-    height = min(1.8, max(0.95, 0.12 * num_experts))  # inches
-    layers_a_figure = int(6 / height)
-    caption = (
-        "Each row is an expert, from the first step on the left to the last on the right. Dark blue is an expert that "
-        "gets few tokens, yellow one that gets many; rows of one even colour are a balanced layer."
-    )
-    if len(load_NLE) < len(steps_S):
-        caption += f" Steps are averaged into {len(load_NLE)} bins."
-    panels = []
-    for first in range(0, num_layers, layers_a_figure):
-        layers = range(first, min(first + layers_a_figure, num_layers))
-        with matplotlib.rc_context(_STYLE):
-            figure = mpl_figure.Figure(figsize=(_WIDE, height * len(layers) + 1.2))
-            rows = figure.subplots(len(layers), sharex=True, squeeze=False)[:, 0]
-            for layer, axes in zip(layers, rows, strict=True):
-                axes.grid(visible=False)
-                axes.set_facecolor("#dddddd")  # a bin without a value
-                image = axes.imshow(
-                    load_NLE[:, layer].T,
-                    extent=(steps_S[0] - 0.5, steps_S[-1] + 0.5, num_experts - 0.5, -0.5),
-                    aspect="auto",
-                    interpolation="none",  # one pixel a bin in the file; the browser scales it
-                    cmap="cividis",
-                    vmin=0,
-                    vmax=top,
-                )
-                axes.set_title(f"MoE layer {layer}", loc="left")
-                axes.set_ylabel("expert")
-                axes.yaxis.set_major_locator(ticker.MaxNLocator(4, integer=True, steps=[1, 2, 4, 8, 10]))
-            _step_axis(rows[-1])
-            figure.colorbar(
-                image,  # pyright: ignore[reportPossiblyUnboundVariable]  # there is a layer
-                ax=rows.tolist(),
-                location="top",
-                aspect=45,
-                extend="max" if np.nanmax(load_NLE, initial=0.0) > top else "neither",
-                label="load: share of tokens × number of experts (1 = balanced)",
-            )
-            svg = _svg(figure, f"{name}-{first}")
-            part = f", layers {layers[0]} to {layers[-1]}" if len(layers) < num_layers else ""
-            panels.append(Panel(title=f"Expert load{part}", caption=caption, svg=svg, wide=True))
-    return panels
+        step_axis(axes)
+        return Panel(title=title, caption=caption, svg=svg(figure, name), wide=wide)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _colour(index: int, count: int) -> str | tuple[float, float, float, float]:
+def plain(text: str) -> str:
+    """Text for matplotlib, which reads $ as mathematics; a long one keeps its end: it tells runs of a sweep apart."""
+    text = text if len(text) <= _LONGEST_LABEL else f"…{text[1 - _LONGEST_LABEL :]}"
+    return text.replace("$", r"\$")
+
+
+def _colour(index: int) -> str:
+    return PALETTE[index % len(PALETTE)]
+
+
+def _shade(index: int, count: int) -> str | tuple[float, float, float, float]:
     if count <= len(PALETTE):
-        return PALETTE[index]
+        return _colour(index)
     return matplotlib.colormaps["cividis"](0.9 * index / (count - 1))  # in order; the last tenth is too light on white
 
 
@@ -310,7 +268,8 @@ def _dashes(index: int) -> str:
     return _DASHES[index // len(PALETTE) % len(_DASHES)]
 
 
-def _step_axis(axes: mpl_axes.Axes) -> None:
+def step_axis(axes: mpl_axes.Axes) -> None:
+    """Names the x axis and its ticks."""
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(short))
@@ -318,11 +277,10 @@ def _step_axis(axes: mpl_axes.Axes) -> None:
 
 def _legend(figure: mpl_figure.Figure, handles: Mapping[str, mpl_lines.Line2D]) -> None:
     """A legend above the axes, where it covers no curve; the figure grows by its rows."""
-    # A name's end tells runs of a sweep apart; matplotlib reads $ as mathematics and skips a label that starts with _.
-    labels = [label if len(label) <= _LONGEST_LABEL else f"…{label[1 - _LONGEST_LABEL :]}" for label in handles]
+    labels = [plain(label) for label in handles]
     fitting = int(15 * figure.get_figwidth()) // (max(map(len, labels)) + 6)  # 15 characters an inch; 6 for the sample
     columns = max(1, min(len(labels), fitting))
-    labels = [f"{' ' * label.startswith('_')}{label}".replace("$", r"\$") for label in labels]
+    labels = [f"{' ' * label.startswith('_')}{label}" for label in labels]  # matplotlib skips one that starts with _
     rows = -(-len(labels) // columns)
     figure.set_figheight(figure.get_figheight() + 0.17 * rows)
     order = [index for column in range(columns) for index in range(column, len(labels), columns)]  # read along the rows
@@ -336,7 +294,7 @@ def _legend(figure: mpl_figure.Figure, handles: Mapping[str, mpl_lines.Line2D]) 
     )
 
 
-def _svg(figure: mpl_figure.Figure, name: str) -> str:
+def svg(figure: mpl_figure.Figure, name: str) -> str:
     """The figure as an <svg> element for an HTML page: no size, no namespaces, ids that start with `name`."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):  # ids that are the same every time
@@ -350,6 +308,8 @@ def _svg(figure: mpl_figure.Figure, name: str) -> str:
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]  # HTML knows svg by name
         attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
+        if element.tag == "image":
+            attributes.pop("id", None)  # a hash of what it shows, which two layers may share
         if "id" in attributes:
             attributes["id"] = f"{name}-{attributes['id']}"
         for key, value in attributes.items():

@@ -4,7 +4,7 @@
 report can be made while the run goes on, and on a machine without jax.
 """
 
-# S steps, L layers, E experts
+# S steps
 
 import dataclasses
 import json
@@ -18,12 +18,11 @@ import jinja2
 import numpy as np
 
 from moejax import config, files
-from moejax.analysis import figures
+from moejax.analysis import figures, routing_report, words
 
 NUM_SAMPLES = 2  # newest samples shown
 _BASELINES = ("uniform", "unigram", "bigram")
 _VALIDATION = ("step", "loss", "perplexity", "bits_per_byte", "tokens", "documents")
-_MISSING = "–"
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -39,11 +38,6 @@ class Run:
     def column(self, name: str) -> np.ndarray:
         """One scalar of the metrics, an entry a step; NaN where a row has none or null."""
         return np.array([row.get(name) for row in self.rows], float)
-
-    def routed(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps_S, values_S...) of a routing statistic, NaN where it is null; both empty for a model without MoE."""
-        rows = [row for row in self.rows if "load" in row]
-        return np.array([row["step"] for row in rows], int), np.array([row[name] for row in rows], float)
 
 
 def write(folders: Sequence[pathlib.Path], output: pathlib.Path | None = None) -> pathlib.Path:
@@ -79,8 +73,8 @@ def write(folders: Sequence[pathlib.Path], output: pathlib.Path | None = None) -
 def numbers(folder: pathlib.Path) -> dict[str, Any]:
     """The numbers of a run's report, ready for JSON; None stands for what the run does not have or what is not finite.
 
-    Losses are in nats a token, `difference` is the model's loss less the baseline's, `load` is an expert's share of its
-    layer's routed tokens times the number of experts (1 = balanced), averaged over the last tenth of the steps.
+    Losses are in nats a token, `difference` is the model's loss less the baseline's. `routing` is described at
+    `routing_report.numbers`.
     """
     return _numbers(read(folder))
 
@@ -140,7 +134,7 @@ def _numbers(run: Run) -> dict[str, Any]:
             for name in _BASELINES
             if name in baselines
         },
-        "routing": _routing(run),
+        "routing": routing_report.numbers(run.config, run.rows, (run.evaluation or {}).get("routing")),
     }
 
 
@@ -154,32 +148,6 @@ def _validation(run: Run) -> dict[str, Any] | None:
         return None
     step, loss = seen[-1]["step"], seen[-1]["validation_loss"]
     return dict.fromkeys(_VALIDATION) | {"step": step, "loss": loss, "perplexity": _perplexity(loss)}
-
-
-def _routing(run: Run) -> dict[str, Any] | None:
-    """Statistics over the last tenth of the steps."""
-    steps_S, load_SLE = run.routed("load")
-    if not steps_S.size:
-        return None
-    num_rows = math.ceil(len(steps_S) / 10)
-    load_LE = _mean(load_SLE[-num_rows:]) * load_SLE.shape[2]
-    layers = {name: _mean(run.routed(name)[1][-num_rows:]) for name in ("dropped", "router_entropy")}
-    return {
-        "first_step": int(steps_S[-num_rows]),
-        "last_step": int(steps_S[-1]),
-        "num_layers": load_LE.shape[0],
-        "num_experts": load_LE.shape[1],
-        "min_load": _finite(float(load_LE.min())),
-        "max_load": _finite(float(load_LE.max())),
-        "experts_without_load": np.argwhere(load_LE == 0).tolist(),  # [layer, expert], from 0
-        "balance_loss": _finite(float(_mean(run.routed("balance_loss")[1][-num_rows:]))),
-        **{name: [_finite(value) for value in mean_L.tolist()] for name, mean_L in layers.items()},
-    }
-
-
-def _mean(values_S: np.ndarray) -> np.ndarray:
-    """The mean over steps of the finite values, NaN if there is none."""
-    return figures.bin_means(np.arange(len(values_S)), values_S, max_bins=1)[1][0]
 
 
 def _finite(value: float | None) -> float | None:
@@ -197,17 +165,17 @@ def _summary(result: dict[str, Any]) -> str:
     validation, lost = result["validation"], result["steps_without_finite_loss"]
     text = f"After {result['steps']:,} steps and {figures.short(result['tokens'])} tokens "
     if validation is None:
-        loss = _number(result["training_loss"])
+        loss = words.number(result["training_loss"])
         text += f"the average training loss is {loss} nats/token; the run has not been validated yet."
     else:
         at = "" if validation["step"] == result["steps"] else f" (of step {validation['step']:,})"
-        text += f"the validation loss{at} is {_number(validation['loss'])} nats/token"
+        text += f"the validation loss{at} is {words.number(validation['loss'])} nats/token"
         if validation["bits_per_byte"] is not None:
-            text += f" ({_number(validation['bits_per_byte'])} bits per byte)"
+            text += f" ({words.number(validation['bits_per_byte'])} bits per byte)"
         bigram = result["baselines"].get("bigram")
         if bigram is not None and bigram["difference"] is not None:
             side = "below" if bigram["difference"] < 0 else "above"
-            text += f", {_number(abs(bigram['difference']))} {side} the bigram baseline"
+            text += f", {words.number(abs(bigram['difference']))} {side} the bigram baseline"
         text += "."
     return text + (f" The loss was not finite in {lost:,} of the steps." if lost else "")
 
@@ -220,46 +188,8 @@ def _comparison(results: Sequence[dict[str, Any]]) -> str:
     by_byte = all(result["validation"]["bits_per_byte"] is not None for result in validated)
     key, unit = ("bits_per_byte", "bits per byte") if by_byte else ("loss", "nats/token")
     best = min(validated, key=lambda result: result["validation"][key])
-    loss = f"{_number(best['validation'][key])} {unit}"
+    loss = f"{words.number(best['validation'][key])} {unit}"
     return f"Of {len(results)} runs, {best['name']} has the lowest validation loss: {loss}."
-
-
-def _load_sentence(routing: dict[str, Any]) -> str:
-    first, last, idle = routing["first_step"], routing["last_step"], routing["experts_without_load"]
-    steps = f"In the last tenth of the steps ({first:,} to {last:,})" if first < last else f"In step {last:,}"
-    total = routing["num_layers"] * routing["num_experts"]
-    if routing["min_load"] is None:
-        return f"{steps} the expert load was not finite."
-    least, most = _load(routing["min_load"]), _load(routing["max_load"])
-    text = f"{steps} the least loaded expert had {least} and the most loaded {most} times the balanced share; "
-    if not idle:
-        return f"{text}every one of the {total} experts has load."
-    shown = ", ".join(f"layer {layer} expert {expert}" for layer, expert in idle[:6])
-    return f"{text}{len(idle)} of {total} experts had no load at all: {shown}{', …' if len(idle) > 6 else ''}."
-
-
-def _load(value: float | None) -> str:
-    return "under 0.01" if value is not None and 0 < value < 0.01 else _number(value, 2)
-
-
-def _number(value: float | None, places: int = 3) -> str:
-    return _MISSING if value is None else f"{value:,.{places}f}"
-
-
-def _short(value: float | None) -> str:
-    return _MISSING if value is None else figures.short(value)
-
-
-def _signed(value: float | None) -> str:
-    return _MISSING if value is None else f"{value:+,.3f}".replace("-", "−")
-
-
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s"
-    minutes, hours = whole // 60, whole // 3600
-    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min {whole % 60} s"
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -273,9 +203,10 @@ def _page(runs: Sequence[Run], results: Sequence[dict[str, Any]]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "signed": _signed, "short": _short, "duration": _duration, "load": _load}
+    for name in ("number", "signed", "short", "duration", "load", "percent"):
+        environment.filters[name] = getattr(words, name)
     paths = list(dict.fromkeys(path for run in runs for path in run.config))
-    settings = [(path, [run.config.get(path, _MISSING) for run in runs]) for path in paths]
+    settings = [(path, [run.config.get(path, words.MISSING) for run in runs]) for path in paths]
     return environment.get_template("report.html.j2").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         summary=_summary(results[0]) if len(runs) == 1 else _comparison(results),
@@ -284,10 +215,14 @@ def _page(runs: Sequence[Run], results: Sequence[dict[str, Any]]) -> str:
         loss=_loss_panel(runs, results),
         progress=_progress_panels(runs),
         routing=[
-            (run.name, _load_sentence(result["routing"]), _routing_panels(run, f"run{index}"))
+            _routing(run, result["routing"], f"run{index}")
             for index, (run, result) in enumerate(zip(runs, results, strict=True))
             if result["routing"]
         ],
+        routing_compared=routing_report.comparison_panels({run.name: run.rows for run in runs})
+        if len(runs) > 1
+        else [],
+        layer_mean=routing_report.layer_mean,
         samples=[(run.name, run.samples[-NUM_SAMPLES:]) for run in runs if run.samples],
         settings=settings,
         differing=[(path, values) for path, values in settings if any(value != values[0] for value in values)],
@@ -333,40 +268,13 @@ def _progress_panels(runs: Sequence[Run]) -> list[figures.Panel]:
     ]
 
 
-def _routing_panels(run: Run, name: str) -> list[figures.Panel]:
-    steps_S, load_SLE = run.routed("load")
-    balanced = math.log(load_SLE.shape[2])
-
-    def curves(statistic: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        steps_N, mean_NL = figures.bin_means(*run.routed(statistic))
-        return {f"layer {layer}": (steps_N, mean_N) for layer, mean_N in enumerate(mean_NL.T)}
-
-    return [
-        *figures.load(f"{name}-load", steps_S, load_SLE),
-        figures.lines(
-            f"{name}-dropped",
-            curves("dropped"),
-            title="Dropped tokens",
-            caption="Share of the routed tokens that found their expert full, by layer. It falls as load evens out.",
-            ylabel="share dropped",
-            from_zero=True,
-        ),
-        figures.lines(
-            f"{name}-entropy",
-            curves("router_entropy"),
-            title="Router entropy",
-            caption="How undecided the router is about a token, by layer. On the dashed line every expert is "
-            "as likely as any other; at 0 the choice is certain.",
-            ylabel="entropy (nats)",
-            from_zero=True,
-            level=(f"ln {load_SLE.shape[2]} = {balanced:.2f}", balanced),
-        ),
-        figures.lines(
-            f"{name}-balance",
-            {"balance loss": figures.bin_means(*run.routed("balance_loss"))},
-            title="Balance loss",
-            caption="The load-balance loss before its weight, averaged over the layers. 1 is perfect balance.",
-            ylabel="balance loss",
-            level=("balanced", 1.0),
-        ),
-    ]
+def _routing(run: Run, routing: dict[str, Any], name: str) -> dict[str, Any]:
+    choices = routing["specialisation"]
+    return {
+        "name": run.name,
+        "sentence": routing_report.sentence(routing),
+        "panels": routing_report.panels(run.rows, choices, name),
+        "tables": routing_report.token_tables(choices),
+        "min_count": (choices or {}).get("min_count"),
+        "step": (run.evaluation or {}).get("step"),
+    }

@@ -11,7 +11,7 @@ import numpy as np
 
 from moejax import config as config_lib
 from moejax import files, partition
-from moejax.analysis import baselines
+from moejax.analysis import baselines, specialisation
 from moejax.data import pipeline, tokenizers
 from moejax.models import generate, lm
 from moejax.training import checkpoint, evaluate, folder, state
@@ -55,14 +55,16 @@ def load(workdir: pathlib.Path) -> Run:
 def evaluate_run(run: Run) -> dict[str, Any]:
     """The loss on the whole held-out split, with baselines of the same split; also written to eval.json.
 
-    Keys: step, loss (nats a token), perplexity, bits_per_byte, tokens, documents, dropped (share of the routed
-    choices; MoE models), baselines (uniform, unigram, bigram; nats a token).
+    Keys: step, loss (nats a token), perplexity, bits_per_byte, tokens, documents, baselines (uniform, unigram, bigram;
+    nats a token), and for MoE models dropped (share of the routed choices) and routing (what each expert takes; see
+    `specialisation.Choices.summary`).
     """
     config, tokenizer = run.config, run.tokenizer
     data = pipeline.load(config.data, tokenizer)
     folder.check_corpus(data, run.workdir)
     batches = pipeline.validation_batches(data, config.data)
-    result = evaluate.evaluate(run.model, evaluate.make_eval_step(run.mesh), batches, run.mesh)
+    choices = specialisation.Choices()
+    result = evaluate.evaluate(run.model, choices.watch(evaluate.make_eval_step(run.mesh)), batches, run.mesh)
     of_split = baselines.compute(data.train, pipeline.validation_packer(data, config.data), tokenizer.vocab_size)
     summary = {
         "step": run.step,
@@ -71,9 +73,10 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         "bits_per_byte": data.validation.bits_per_byte(result["loss"]),
         "tokens": int(result["tokens"]),
         "documents": len(data.validation),
-        **({"dropped": result["dropped"]} if "dropped" in result else {}),
         "baselines": dataclasses.asdict(of_split),
     }
+    if "dropped" in result:
+        summary |= {"dropped": result["dropped"], "routing": choices.summary(tokenizer, data.labels)}
     files.write(run.workdir / "eval.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -88,6 +91,7 @@ def write_sample(
     seed: int,
     max_length: int = 0,
     num_samples: int = 1,
+    label: str = "",
 ) -> list[str]:
     """Continuations of the prompt, each up to the first end-of-text; also appended to samples.jsonl.
 
@@ -100,9 +104,10 @@ def write_sample(
       seed: of the draws.
       max_length: most tokens of prompt and continuation together; 0 means data.seq_length, the length of training.
       num_samples: continuations to draw.
+      label: of the document, for router=label; "" is the first label that the run's documents have.
 
     Raises:
-      ConfigError: prompt and continuation are longer than max_length.
+      ConfigError: prompt and continuation are longer than max_length, or there is no such label.
     """
     tokenizer = run.tokenizer
     limit = max_length or run.config.data.seq_length
@@ -121,6 +126,7 @@ def write_sample(
         temperature=temperature,
         top_k=top_k,
         vocab_size=tokenizer.vocab_size,
+        label_B=np.full(num_samples, _label_id(run, label), np.int32),
     )
     texts = []
     for tokens_N in np.asarray(tokens_BN).tolist():
@@ -136,11 +142,24 @@ def write_sample(
     return texts
 
 
+def _label_id(run: Run, label: str) -> int:
+    """The id of a label; of "" the first one's."""
+    labels = files.read_json(run.workdir / folder.DATA_FILE).get("labels", [])
+    if label and label not in labels:
+        raise config_lib.ConfigError(
+            f"--label={label} is none of the labels of this run's documents; choose one of "
+            f"{', '.join(labels[:20]) or 'none: they have no labels'}"
+        )
+    return labels.index(label) if label else 0
+
+
 def complete(workdir: pathlib.Path) -> None:
     """Makes what a report wants and the folder lacks: the evaluation and a sample of the newest checkpoint, if any."""
     steps = [int(entry.name) for entry in (workdir / "checkpoints").glob("*") if entry.name.isdigit()]
     evaluation = workdir / "eval.json"
-    evaluated = evaluation.exists() and files.read_json(evaluation).get("step") == max(steps, default=None)
+    done = files.read_json(evaluation) if evaluation.exists() else {}
+    # An evaluation of a MoE model from before there was "routing" is made again.
+    evaluated = done.get("step") == max(steps, default=None) and ("routing" in done or "dropped" not in done)
     samples = workdir / "samples.jsonl"
     sampled = samples.exists() and any(row["step"] == max(steps, default=None) for row in files.read_rows(samples))
     if not steps or (evaluated and sampled):

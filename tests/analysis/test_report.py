@@ -1,105 +1,17 @@
 """The report: its numbers against loops over the same rows, and a page that stands alone."""
 
 import copy
-import html.parser
 import json
 import math
 import pathlib
 import re
 import statistics
 
-import numpy as np
 import pytest
+from report_pages import ATTACK, BASELINES, NUM_EXPERTS, NUM_LAYERS, Page, first_result, make_rows, make_run
 
 from moejax import config
-from moejax.analysis import figures, report
-
-NUM_LAYERS, NUM_EXPERTS = 2, 4
-ATTACK = "<script>alert(1)</script>"
-BASELINES = {"uniform": 8.3178, "unigram": 6.41, "bigram": 4.43}
-
-
-def make_rows(num_steps: int, *, moe: bool = True, validate_every: int = 10) -> list[dict]:
-    rng = np.random.default_rng(num_steps)
-    rows = []
-    for step in range(1, num_steps + 1):
-        loss = 4.0 + 4.0 * math.exp(-step / 10) + 0.1 * rng.normal()
-        row = {
-            "step": step,
-            "tokens": 1000 * step - step % 7,
-            "loss": loss,
-            "ema_loss": loss + 0.05,
-            "learning_rate": 1e-3 / step,
-            "grad_norm": 30.0 / step,
-            "tokens_per_second": float(rng.uniform(1900, 2100)),
-            "seconds": 1.5,
-        }
-        if moe:
-            load = rng.dirichlet(np.full(NUM_EXPERTS, 20.0), NUM_LAYERS)
-            row |= {
-                "balance_loss": float(NUM_EXPERTS * (load**2).sum(1).mean()),
-                "load": load.tolist(),
-                "dropped": [0.25 / step] * NUM_LAYERS,
-                "router_entropy": [1.2, 1.3],
-            }
-        if step % validate_every == 0:
-            row["validation_loss"] = loss + 0.02
-        rows.append(row)
-    return rows
-
-
-def make_run(
-    folder: pathlib.Path, rows: list[dict], *, evaluation: bool = True, samples: tuple[dict, ...] = (), seed: int = 0
-) -> pathlib.Path:
-    settings = config.Config()
-    settings.training.seed = seed
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config.to_dict(settings)))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if evaluation:
-        result = {
-            "step": rows[-1]["step"],
-            "loss": 3.912,
-            "perplexity": math.exp(3.912),
-            "bits_per_byte": 1.534,
-            "tokens": 61234,
-            "documents": 501,
-            "baselines": BASELINES,
-        }
-        (folder / "eval.json").write_text(json.dumps(result))
-    if samples:
-        (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    return folder
-
-
-class Page(html.parser.HTMLParser):
-    """The page's ids, references, visible text, and what a browser would fetch."""
-
-    def __init__(self, path: pathlib.Path):
-        super().__init__()
-        self.source = path.read_text(encoding="utf-8")
-        self.ids: list[str] = []
-        self.references: set[str] = set()
-        self.fetched: list[str] = []
-        self.tags: list[str] = []
-        self._pieces: list[str] = []
-        self.feed(self.source)
-        self.text = " ".join(" ".join(self._pieces).split())
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        for name, value in attrs:
-            if name == "id":
-                self.ids.append(value or "")
-            self.references |= set(re.findall(r"url\(#([^)]+)\)", value or ""))
-            if name in ("href", "xlink:href", "src", "srcset", "data"):
-                if (value or "").startswith("#"):
-                    self.references.add((value or "")[1:])
-                elif not (value or "").startswith("data:"):
-                    self.fetched.append(value or "")
-
-    def handle_data(self, data):
-        self._pieces.append(data)
+from moejax.analysis import report
 
 
 @pytest.fixture
@@ -127,10 +39,6 @@ def compared(tmp_path_factory) -> pathlib.Path:
     return report.write([fast, slow], folder / "both.html")
 
 
-def first_result(output: pathlib.Path) -> dict:
-    return json.loads(output.with_suffix(".json").read_text())["runs"][0]
-
-
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
@@ -140,12 +48,12 @@ def test_page_fetches_nothing(written):
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert "@import" not in page.source
     assert not re.findall(r"https?://", page.source)
-    assert page.tags.count("svg") == 8  # loss, three of training, load, dropped, entropy, balance
+    assert page.tags.count("svg") == 10  # loss, three of training; load, imbalance, unused, dropped, entropy, balance
 
 
 def test_svg_ids_are_unique_and_every_reference_has_its_target(compared):
     page = Page(compared)
-    assert page.tags.count("svg") == 4 + 2 * 4
+    assert page.tags.count("svg") == 4 + 2 + 2 * 6
     assert len(page.references) > 10
     assert len(page.ids) == len(set(page.ids))
     assert page.references <= set(page.ids)
@@ -335,9 +243,11 @@ def test_numbers_equal_a_loop_over_the_rows(tmp_path):
     assert routing["min_load"] == pytest.approx(min(loads))
     assert routing["max_load"] == pytest.approx(max(loads))
     assert routing["experts_without_load"] == []
-    assert routing["balance_loss"] == pytest.approx(statistics.mean(row["balance_loss"] for row in window))
-    assert routing["dropped"] == pytest.approx([statistics.mean(row["dropped"][0] for row in window)] * NUM_LAYERS)
-    assert routing["router_entropy"] == pytest.approx([1.2, 1.3])
+    balance = pytest.approx(statistics.mean(row["balance_loss"] for row in window))
+    assert routing["losses"] == {"balance": balance}
+    dropped = pytest.approx([statistics.mean(row["dropped"][0] for row in window)] * NUM_LAYERS)
+    assert routing["layers"]["dropped"] == dropped
+    assert routing["layers"]["router_entropy"] == pytest.approx([1.2, 1.3])
 
 
 def test_an_expert_without_load_at_the_end_is_named(compared):
@@ -346,72 +256,6 @@ def test_an_expert_without_load_at_the_end_is_named(compared):
     text = Page(compared).text
     assert "(37 to 40) the least loaded expert had 0.00 and the most loaded 2.00 times the balanced share" in text
     assert "2 of 8 experts had no load at all: layer 1 expert 2, layer 1 expert 3." in text
-
-
-@pytest.mark.parametrize(("first", "num_steps", "max_bins"), [(1, 7, 200), (1, 600, 200), (11, 250, 200), (5, 1, 3)])
-def test_a_bin_is_the_mean_of_its_steps(first, num_steps, max_bins):
-    steps_S = np.arange(first, first + num_steps)
-    values_SLE = np.random.default_rng(0).normal(size=(num_steps, NUM_LAYERS, NUM_EXPERTS))
-    values_SLE[0, 0, 0] = np.nan
-    middle_N, mean_NLE = figures.bin_means(steps_S, values_SLE, max_bins)
-
-    num_bins = min(max_bins, num_steps)
-    width = num_steps / num_bins
-    assert mean_NLE.shape == (num_bins, NUM_LAYERS, NUM_EXPERTS)
-    for index in range(num_bins):
-        inside = [s for s in range(num_steps) if index * num_steps <= s * num_bins < (index + 1) * num_steps]
-        assert abs(len(inside) - width) < 1
-        for layer in range(NUM_LAYERS):
-            for expert in range(NUM_EXPERTS):
-                values = [values_SLE[s, layer, expert] for s in inside if not math.isnan(values_SLE[s, layer, expert])]
-                expected = sum(values) / len(values) if values else math.nan
-                assert mean_NLE[index, layer, expert] == pytest.approx(expected, nan_ok=True)
-        assert middle_N[index] == pytest.approx(first - 0.5 + (index + 0.5) * width)
-
-
-def test_a_bin_without_a_step_is_nan():
-    middle_N, mean_N = figures.bin_means(np.array([1, 2, 9, 10]), np.array([1.0, 3.0, 5.0, 7.0]), max_bins=5)
-    np.testing.assert_array_equal(mean_N, [2.0, np.nan, np.nan, np.nan, 6.0])
-    np.testing.assert_array_equal(middle_N, [1.5, 3.5, 5.5, 7.5, 9.5])
-
-
-# --- figures ---------------------------------------------------------------------------------------------------------
-
-
-def loss_curves(loss_S: np.ndarray) -> figures.LossCurves:
-    missing_S = np.full(len(loss_S), np.nan)
-    return figures.LossCurves(
-        name="run", steps_S=np.arange(len(loss_S)) + 1, loss_S=loss_S, ema_S=loss_S, validation_S=missing_S
-    )
-
-
-def test_a_baseline_beyond_the_scale_is_told_in_the_caption_and_not_drawn():
-    low = figures.loss("loss", [loss_curves(np.linspace(4.2, 4.0, 50))], {"uniform": 8.32, "bigram": 4.43})
-    assert "Off the scale: uniform (8.32)." in low.caption
-    assert "bigram 4.43" in low.svg
-    assert "uniform 8.32" not in low.svg
-    high = figures.loss("loss", [loss_curves(np.linspace(9.0, 4.0, 50))], {"uniform": 8.32, "bigram": 4.43})
-    assert "Off the scale" not in high.caption
-    assert "uniform 8.32" in high.svg
-
-
-def test_a_spike_does_not_set_the_scale_and_is_told():
-    loss_S = np.linspace(4.2, 4.0, 50)
-    loss_S[3] = 80.0
-    assert "Some steps lie above the scale, up to 80.00." in figures.loss("loss", [loss_curves(loss_S)], {}).caption
-
-
-def test_many_layers_are_dealt_to_several_figures_of_one_scale():
-    load_SLE = np.random.default_rng(0).dirichlet(np.ones(16), (20, 4))
-    panels = figures.load("load", np.arange(20) + 1, load_SLE)
-    titles = [re.findall(r"MoE layer (\d+)", panel.svg) for panel in panels]
-    assert len(panels) > 1
-    assert [int(layer) for layers in titles for layer in layers] == list(range(4))
-    assert panels[0].title == f"Expert load, layers 0 to {len(titles[0]) - 1}"
-    # the scale of colour is drawn behind the layers
-    scales = [re.findall(r">(\d+(?:\.\d+)?)<", panel.svg.rpartition("MoE layer")[2]) for panel in panels]
-    assert len(scales[0]) > 2
-    assert all(scale == scales[0] for scale in scales)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
