@@ -107,18 +107,22 @@ class MoeConfig:
     bias: bool = False  # in both matrices of an expert
     num_shared_experts: int = 0  # experts of width d_expert that every token goes through, beside the routed ones
     top_k: int = 0  # K, experts a token; relu: on average; 0 = the router's own (`num_choices`)
-    normalise_gates: str = "none"  # router=top_k, gshard: before (the gates of a token sum to 1), after (of those kept)
+    # router=top_k: none, before (the gates of a token sum to 1), after (those of its choices that were not dropped);
+    # router=gshard: none is before, as in its paper
+    normalise_gates: str = "none"
     capacity_factor: float = 1.25  # slots an expert has, over tokens * top_k / num_experts; 0 = never drop
     eval_capacity_factor: float = 2.0  # the same in evaluation (T5X: 2.0); generation never drops
-    capacity_order: str = "auto"  # who gets the slots: tokens, choices (first choices first: gshard), priority
+    # who gets the slots: tokens (in their order), choices (first choices of all tokens first), priority (the tokens of
+    # highest probability); auto: tokens, but choices for gshard in training
+    capacity_order: str = "auto"
     group_size: int = 0  # tokens among which capacity is counted; 0 = one row (data.seq_length)
     # capacity; dropless: every choice is computed, capacity factors do not apply; auto: dropless for the routers whose
     # papers are (`Router`), and where the capacity factor is 0 if that is faster (ops/dispatch_rules.py)
     dispatch: str = "auto"
     grouped_matmul: str = "auto"  # dispatch=dropless: blocked, ragged_dot, auto: the faster as measured
-    expert_dropout: float = 0.0  # of hidden units of the experts, in training (Switch: 0.4 in fine-tuning)
+    expert_dropout: float = 0.0  # of hidden units of the routed experts, in training (Switch: 0.4 in fine-tuning)
     jitter: float = 0.01  # router=switch: its input is multiplied by uniform [1 - j, 1 + j] in training (Mesh-TF)
-    second_threshold: float = 0.2  # router=gshard: the second expert is used with probability gate / threshold
+    second_threshold: float = 0.2  # router=gshard: in training the second is used with probability gate / threshold
     noise_epsilon: float = 0.01  # router=noisy_top_k: the least standard deviation of the noise (Tensor2Tensor)
     num_groups: int = 4  # router=group_limited, sigmoid_bias: groups of experts (devices, in DeepSeek-V2)
     top_groups: int = 2  # router=group_limited, sigmoid_bias: groups that a token may choose from
@@ -129,7 +133,7 @@ class MoeConfig:
     relu_coefficient: float = 1e-8  # router=relu: the coefficient of its loss at the start (ReMoE)
     relu_multiplier: float = 1.2  # router=relu: what a step multiplies or divides the coefficient by
     layer_reduction: str = "mean"  # auxiliary losses over the layers: mean (T5X, MoE-Mamba), sum (Mesh-TF)
-    # Weights of the auxiliary losses (ops/balance.py); -1 = as the router's paper has it (`loss_weights`).
+    # Weights of the auxiliary losses (ops/balance.py) of the mean or sum over layers; -1 = as in the router's paper
     balance_weight: float = -1.0  # load balance (Switch eq. 4)
     importance_weight: float = -1.0  # squared coefficient of variation of the gates (Shazeer 2017, eq. 7)
     load_weight: float = -1.0  # and of the smooth load (Shazeer 2017, eq. 11)
@@ -142,6 +146,12 @@ class MoeConfig:
     def num_choices(self) -> int:
         """K of this router: top_k, or its own where that is 0. relu, soft and expert_choice may use every expert."""
         return self.top_k or ROUTERS[self.router].top_k
+
+    def slot_order(self, train: bool) -> str:
+        """capacity_order, resolved. Evaluation does not look ahead unless told to."""
+        if self.capacity_order == "auto":
+            return "choices" if self.router == "gshard" and train else "tokens"
+        return self.capacity_order
 
     def loss_weights(self) -> dict[str, float]:
         """The auxiliary losses that this router trains with, by name, and their weights; none that is 0."""

@@ -98,16 +98,39 @@ def _validate_model(model: config_lib.ModelConfig) -> None:
         _validate_moe(model.moe, config)
 
 
+# Settings of model.moe that only some routers read.
+_READ_BY = {
+    "jitter": ("switch",),
+    "second_threshold": ("gshard",),
+    "noise_epsilon": ("noisy_top_k",),
+    "num_groups": ("group_limited", "sigmoid_bias"),
+    "top_groups": ("group_limited", "sigmoid_bias"),
+    "gate_scale": ("group_limited", "sigmoid_bias"),
+    "bias_rate": ("sigmoid_bias",),
+    "slots_per_expert": ("soft_moe",),
+    "hash_table": ("hash",),
+    "relu_coefficient": ("relu",),
+    "relu_multiplier": ("relu",),
+}
+
+
 def _validate_moe(moe: config_lib.MoeConfig, config: config_lib.Config) -> None:
     _one_of("model.moe.router", moe.router, tuple(config_lib.ROUTERS))
     router, choices = config_lib.ROUTERS[moe.router], moe.num_choices
     _at_least(config, 1, "model.moe.num_experts", "model.moe.d_expert", "model.moe.slots_per_expert")
     _at_least(config, 0, "model.moe.top_k", "model.moe.num_shared_experts", "model.moe.group_size")
+    remedy = f"raise num_experts to {choices}" if router.fixed else f"set top_k to {moe.num_experts} or less"
     _require(
         choices <= moe.num_experts,
-        f"model.moe.top_k={choices} is more than model.moe.num_experts={moe.num_experts}; "
-        f"set top_k to {moe.num_experts} or less",
+        f"model.moe.top_k={choices} is more than model.moe.num_experts={moe.num_experts}; {remedy}",
     )
+    for name, routers in _READ_BY.items():
+        value = getattr(moe, name)
+        _require(
+            moe.router in routers or value == getattr(config_lib.MoeConfig(), name),
+            f"model.moe.{name}={value} has no effect with router={moe.router}, only with {' and '.join(routers)}; "
+            "leave it at its default",
+        )
     _require(
         not (router.fixed and moe.top_k not in (0, router.top_k)),
         f"model.moe.top_k={moe.top_k} is not for router={moe.router}, which has its own number of experts a token; "
@@ -136,6 +159,10 @@ def _validate_moe(moe: config_lib.MoeConfig, config: config_lib.Config) -> None:
     _require(
         moe.relu_multiplier > 1,
         f"model.moe.relu_multiplier={moe.relu_multiplier} must be over 1 (ReMoE: 1.2); raise it",
+    )
+    _require(
+        moe.router != "relu" or choices < moe.num_experts or moe.num_experts == 1,
+        f"model.moe.top_k={choices} asks router=relu for every expert, which its loss can't bring about; lower it",
     )
     _validate_dispatch(moe, router)
     if moe.router in ("group_limited", "sigmoid_bias"):
@@ -180,6 +207,10 @@ def _validate_dispatch(moe: config_lib.MoeConfig, router: config_lib.Router) -> 
     _require(
         router.sparse or moe.dispatch == "auto",
         f"model.moe.dispatch={moe.dispatch} is not for router={moe.router}, which dispatches no token; set it to auto",
+    )
+    _require(
+        moe.grouped_matmul == "auto" or moe.dispatch != "capacity",
+        f"model.moe.grouped_matmul={moe.grouped_matmul} has no effect with dispatch=capacity; set it to auto",
     )
     _require(
         router.sparse or moe.expert_dropout == 0,

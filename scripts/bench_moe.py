@@ -2,6 +2,7 @@
 
     python scripts/bench_moe.py                                  # T=4096, D=512, F=1536; E=1, 8, 32, 128; K=1, 2
     python scripts/bench_moe.py --experts=32 --choices=1         # one setting
+    python scripts/bench_moe.py --profile                        # what the matrix products of the experts take alone
     python scripts/bench_moe.py --write_rules                    # measures what dispatch=auto goes by, and writes it
 
 Rows: the dense FFN, our layer with capacity slots (capacity factor 1) and dropless, the same with jax.lax.ragged_dot,
@@ -29,7 +30,7 @@ from moejax import config as config_lib
 from moejax.layers import moe
 from moejax.ops import dispatch_rules, experts, routing
 
-MAX_SECONDS = 20.0  # a variant slower than that in all is not repeated
+SLOW = 5.0  # seconds: a variant is not repeated once a run takes longer, and its first run counts
 
 
 def dense(weights: dict[str, jax.Array], x_TD: jax.Array) -> jax.Array:
@@ -134,13 +135,13 @@ def gradient(function: Callable) -> Callable:
 
 
 def measure(programs: dict[Any, Any], repeats: int) -> None:
-    """Runs all of them in turn, the first time unmeasured."""
-    for turn in range(repeats + 1):
+    """Runs all of them in turn, the first time unmeasured but for the slow ones."""
+    for _ in range(repeats + 1):
         for program in programs.values():
-            if turn < 2 or sum(program.seconds) < MAX_SECONDS:
+            if not program.seconds or program.seconds[0] < SLOW:
                 program.run()
     for program in programs.values():
-        del program.seconds[:1]
+        del program.seconds[: len(program.seconds) - 1 and 1]
 
 
 def variants(a: argparse.Namespace, num_experts: int, k: int) -> dict[str, tuple[Any, Callable]]:
@@ -201,6 +202,35 @@ def table(a: argparse.Namespace) -> None:
                 print(f"{num_experts:>4}{k:>4}  {name:<16}{cells}", flush=True)
 
 
+def profile(a: argparse.Namespace) -> None:
+    """Times of the products of the experts alone, on slots that are there already, and of everything around them.
+
+    The products of E experts with T / E tokens each have the FLOPs of the dense FFN's, but read E matrices, and write
+    as many gradients.
+    """
+    products = {
+        "x up": "ecd,edf->ecf", "hidden down": "ecf,efd->ecd", "dhidden up^T": "ecf,edf->ecd",
+        "dy down^T": "ecd,efd->ecf", "dup": "ecd,ecf->edf", "ddown": "ecf,ecd->efd",
+    }  # fmt: skip
+    x_TD = jax.random.normal(jax.random.key(0), (a.tokens, a.width))
+    print(f"K=1, ms; T={a.tokens} D={a.width} F={a.hidden} on {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    print("".join(f"{head:>14}" for head in ("E", "MB of weights", *products, "their sum", "layer f+b", "the rest")))
+    for num_experts in a.experts:
+        size = {"e": num_experts, "c": a.tokens // num_experts, "d": a.width, "f": a.hidden}
+        programs: dict[Any, Any] = {}
+        for name, product in products.items():
+            operands = [jnp.ones([size[dim] for dim in operand]) for operand in product.partition("->")[0].split(",")]
+            programs[name] = Program(functools.partial(jnp.einsum, product), *operands)
+        params, function = layer(a, num_experts, 1, dispatch="capacity")
+        programs["layer"] = Program(gradient(function), params, x_TD)
+        measure(programs, a.repeats)
+        times = {name: 1e3 * statistics.median(program.seconds) for name, program in programs.items()}
+        whole = times.pop("layer")
+        megabytes = 8e-6 * num_experts * a.width * a.hidden
+        cells = (num_experts, megabytes, *times.values(), sum(times.values()), whole, whole - sum(times.values()))
+        print("".join(f"{cell:>14,.0f}" for cell in cells), flush=True)
+
+
 def write_rules(a: argparse.Namespace) -> None:
     """Measures both choices of dispatch=auto, forward and backward, and writes them down for this platform."""
     x_TD = jax.random.normal(jax.random.key(0), (a.tokens, a.width))
@@ -218,7 +248,7 @@ def write_rules(a: argparse.Namespace) -> None:
     grouped = seconds(blocked=of | {"grouped_matmul": "blocked"}, ragged_dot=of | {"grouped_matmul": "ragged_dot"})
     fastest = min(grouped, key=lambda name: grouped[name])
     print(f"{platform}: E=32, K=1, dropless: " + ", ".join(f"{name} {1e3 * s:.0f} ms" for name, s in grouped.items()))
-    limit = 1.0
+    limit = 0.0
     for num_experts, k in ((2, 2), (4, 3), (3, 2), (2, 1), (3, 1), (4, 1)):
         of = {"num_experts": num_experts, "k": k}
         both = seconds(
@@ -250,9 +280,10 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--choices", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--no_torch", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--write_rules", action="store_true")
     a = parser.parse_args()
-    (write_rules if a.write_rules else table)(a)
+    (write_rules if a.write_rules else profile if a.profile else table)(a)
 
 
 if __name__ == "__main__":

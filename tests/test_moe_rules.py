@@ -37,7 +37,12 @@ def test_every_causal_router_is_one_override_away(router):
     [
         ({"router": "best"}, "router=best is not known; choose one of soft, noisy_top_k, switch"),
         ({"top_k": 9}, "top_k=9 is more than model.moe.num_experts=8; set top_k to 8 or less"),
-        ({"router": "noisy_top_k", "num_experts": 1}, "top_k=2 is more than model.moe.num_experts=1"),
+        ({"router": "noisy_top_k", "num_experts": 1}, "set top_k to 1 or less"),
+        ({"router": "gshard", "num_experts": 1}, "raise num_experts to 2"),
+        ({"router": "relu", "top_k": 8}, "asks router=relu for every expert"),
+        ({"gate_scale": 16.0}, "only with group_limited and sigmoid_bias; leave it at its default"),
+        ({"hash_table": "nope"}, "has no effect with router=top_k"),
+        ({"dispatch": "capacity", "grouped_matmul": "blocked"}, "no effect with dispatch=capacity; set it to auto"),
         ({"router": "switch", "top_k": 2}, "top_k=2 is not for router=switch"),
         ({"router": "gshard", "top_k": 1}, "leave it at 0, or set router=top_k"),
         ({"router": "sigmoid_bias", "top_k": 1}, "would never train it; set top_k to 2 or more"),

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from moejax import config as config_lib
+from moejax.convert import fields
 from moejax.models import lm
 
 # Hugging Face's name, {} a layer; its dims; our parameter; our dims. torch.nn.Linear keeps (out, in), we (in, out); "1"
@@ -60,29 +61,29 @@ def config_from_hf(hf: Mapping[str, Any]) -> config_lib.ModelConfig:
     """
     hf = {"tie_word_embeddings": True, **hf}  # transformers 4 does not write this default
     for name, (allowed, remedy) in _ALLOWED.items():
-        value = _field(hf, name)
+        value = fields.field(hf, name)
         if value not in allowed:
             raise config_lib.ConfigError(f"{name}={value} must be {' or '.join(map(str, allowed))}; {remedy}")
-    d_model, expand, rank = _size(hf, "hidden_size"), _positive(hf, "expand"), _field(hf, "time_step_rank")
+    d_model, expand, rank = fields.size(hf, "hidden_size"), _positive(hf, "expand"), fields.field(hf, "time_step_rank")
     if int(expand * d_model) < 1:
         raise config_lib.ConfigError(f"expand={expand} leaves no inner channel of hidden_size={d_model}; raise it")
     dt_min, dt_max = _positive(hf, "time_step_min"), _positive(hf, "time_step_max")
     if dt_min > dt_max:
         raise config_lib.ConfigError(f"time_step_min={dt_min} must be at most time_step_max={dt_max}; lower it")
     return config_lib.ModelConfig(
-        vocab_size=_size(hf, "vocab_size"),
+        vocab_size=fields.size(hf, "vocab_size"),
         d_model=d_model,
         period=("mamba",),
-        num_periods=_size(hf, "num_hidden_layers"),
+        num_periods=fields.size(hf, "num_hidden_layers"),
         norm="rmsnorm",
         norm_eps=_positive(hf, "layer_norm_epsilon"),
         final_norm=True,
         tie_embeddings=hf["tie_word_embeddings"],
         mamba=config_lib.MambaConfig(
             expand=expand,
-            d_state=_size(hf, "state_size"),
-            d_conv=_size(hf, "conv_kernel"),
-            dt_rank=math.ceil(d_model / 16) if rank == "auto" else _size(hf, "time_step_rank"),
+            d_state=fields.size(hf, "state_size"),
+            d_conv=fields.size(hf, "conv_kernel"),
+            dt_rank=math.ceil(d_model / 16) if rank == "auto" else fields.size(hf, "time_step_rank"),
             dt_min=dt_min,
             dt_max=dt_max,
         ),
@@ -190,21 +191,8 @@ def _tensor(state_dict: Mapping[str, np.ndarray], name: str, shape: tuple[int, .
     return tensor
 
 
-def _field(hf: Mapping[str, Any], name: str) -> Any:
-    if name not in hf:
-        raise config_lib.ConfigError(f"{name} is missing; pass the whole dict of a transformers MambaConfig")
-    return hf[name]
-
-
-def _size(hf: Mapping[str, Any], name: str) -> int:
-    value = _field(hf, name)
-    if type(value) is not int or value < 1:
-        raise config_lib.ConfigError(f"{name}={value!r} must be an integer of 1 or more; change it")
-    return value
-
-
 def _positive(hf: Mapping[str, Any], name: str) -> float:
-    value = _field(hf, name)
+    value = fields.field(hf, name)
     if type(value) not in (int, float) or not 0 < value < math.inf:
         raise config_lib.ConfigError(f"{name}={value!r} must be a positive number; change it")
     return float(value)

@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 
 from moejax import config as config_lib
+from moejax.convert import fields
 from moejax.layers import moe
 
 
@@ -122,16 +123,16 @@ def config_from_hf(family: str, hf: Mapping[str, Any], *, seq_length: int = 0) -
             raise config_lib.ConfigError(
                 f"{name}={hf[name]} must be {' or '.join(map(str, values))} for {family}; convert such a model"
             )
-    num_experts, gated = _size(hf, theirs.num_experts), len(theirs.up) == 2
+    num_experts, gated = fields.size(hf, theirs.num_experts), len(theirs.up) == 2
     common = {
         "router": theirs.router,
         "num_experts": num_experts,
-        "d_expert": _size(hf, theirs.d_expert),
+        "d_expert": fields.size(hf, theirs.d_expert),
         "activation": _activation(hf, "hidden_act" if gated else "dense_act_fn", len(theirs.up)),
     }
     if family == "switch":
         return config_lib.MoeConfig(**common, **_switch_settings(hf, num_experts, seq_length))
-    top_k = _size(hf, "num_experts_per_tok")
+    top_k = fields.size(hf, "num_experts_per_tok")
     if top_k > num_experts:
         raise config_lib.ConfigError(
             f"num_experts_per_tok={top_k} is more than {theirs.num_experts}={num_experts}; lower it"
@@ -217,10 +218,10 @@ def _deepseek_settings(hf: Mapping[str, Any], num_experts: int, top_k: int) -> d
     scale = _number(hf, "routed_scaling_factor")
     if scale == 0:
         raise config_lib.ConfigError("routed_scaling_factor=0 would leave nothing of the experts; raise it")
-    settings = {"num_shared_experts": _size(hf, "n_shared_experts"), "gate_scale": scale}
+    settings = {"num_shared_experts": fields.size(hf, "n_shared_experts"), "gate_scale": scale}
     if hf["topk_method"] == "greedy":  # one group is no limit, and its losses are constants
         return settings | {"num_groups": 1, "top_groups": 1, "device_weight": 0.0, "communication_weight": 0.0}
-    num_groups, top_groups = _size(hf, "n_group"), _size(hf, "topk_group")
+    num_groups, top_groups = fields.size(hf, "n_group"), fields.size(hf, "topk_group")
     if num_experts % num_groups:
         raise config_lib.ConfigError(f"n_group={num_groups} does not divide n_routed_experts={num_experts}; change it")
     if top_groups > num_groups or top_k > top_groups * (num_experts // num_groups):
@@ -236,7 +237,7 @@ def _switch_settings(hf: Mapping[str, Any], num_experts: int, seq_length: int) -
         raise config_lib.ConfigError(
             f"seq_length={seq_length} must be 1 or more for switch, whose expert_capacity is for a row; pass its tokens"
         )
-    factor = _size(hf, "expert_capacity") * num_experts / seq_length
+    factor = fields.size(hf, "expert_capacity") * num_experts / seq_length
     return {
         "capacity_factor": factor,
         "eval_capacity_factor": factor,
@@ -248,27 +249,14 @@ def _switch_settings(hf: Mapping[str, Any], num_experts: int, seq_length: int) -
 
 
 def _activation(hf: Mapping[str, Any], field: str, columns: int) -> str:
-    name, known = _field(hf, field), _ACTIVATIONS[columns]
+    name, known = fields.field(hf, field), _ACTIVATIONS[columns]
     if name not in known:
         raise config_lib.ConfigError(f"{field}={name} must be {' or '.join(known)}; convert such a model")
     return known[name]
 
 
-def _field(hf: Mapping[str, Any], name: str) -> Any:
-    if name not in hf:
-        raise config_lib.ConfigError(f"{name} is missing; pass the whole dict of a transformers config")
-    return hf[name]
-
-
-def _size(hf: Mapping[str, Any], name: str) -> int:
-    value = _field(hf, name)
-    if type(value) is not int or value < 1:
-        raise config_lib.ConfigError(f"{name}={value!r} must be an integer of 1 or more; change it")
-    return value
-
-
 def _number(hf: Mapping[str, Any], name: str) -> float:
-    value = _field(hf, name)
+    value = fields.field(hf, name)
     if type(value) not in (int, float) or not 0 <= value < math.inf:
         raise config_lib.ConfigError(f"{name}={value!r} must be a number of 0 or more; change it")
     return float(value)

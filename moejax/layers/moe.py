@@ -44,7 +44,7 @@ class Moe(nnx.Module):
     Tokens go to the experts that the router chooses, and come back weighted by its gates. With a capacity, it is
     counted inside groups of `group_size` consecutive tokens (0: a row), so results do not depend on how rows are spread
     over devices. A dropped choice adds nothing: the token goes on by the residual alone. Shared experts, which every
-    token goes through, are one MLP as wide as all of them, which is the same function.
+    token goes through, are one MLP as wide as all of them: the same function, initialised as one layer of that width.
 
     __call__(x_BLD) -> (y_BLD, MoeAux).
     """
@@ -111,7 +111,13 @@ class Moe(nnx.Module):
         return self._run(x_BLD, tokens, self.config.group_size or x_BLD.shape[1], factor, train)
 
     def step(self, x_BD: Array, *, ids_B: Array | None = None, labels_B: Array | None = None) -> Array:
-        """One position of each row, with nothing dropped."""
+        """One position of each row, with nothing dropped.
+
+        Raises:
+          ValueError: the router looks at all tokens of a group, so a token has no output of its own.
+        """
+        if not config_lib.ROUTERS[self.config.router].causal:
+            raise ValueError(f"router={self.config.router} needs all tokens of a group; it can't generate")
         one = [None if x_B is None else x_B[:, None] for x_B in (ids_B, labels_B)]
         tokens = router.Tokens(valid_BL=jnp.ones((x_BD.shape[0], 1), bool), ids_BL=one[0], labels_BL=one[1])
         y_B1D, _ = self._run(x_BD[:, None], tokens, x_BD.shape[0], 0.0, False)
@@ -136,7 +142,11 @@ class Moe(nnx.Module):
         self, x_BLD: Array, tokens: router.Tokens, group_size: int, factor: float, train: bool
     ) -> tuple[Array, MoeAux]:
         c, capacity = self.config, self.capacity(group_size, factor)
-        x_ND = x_BLD.reshape(-1, x_BLD.shape[-1])
+        if tokens.valid_BL.size % group_size:
+            raise ValueError(f"group_size={group_size} does not divide the {tokens.valid_BL.size} tokens; change it")
+        # padding may hold anything: a NaN times a gradient of 0 would reach the weights
+        x_BLD = jnp.where(tokens.valid_BL[..., None], x_BLD, 0).astype(x_BLD.dtype)
+        x_ND = x_BLD.reshape(-1, x_BLD.shape[-1]).astype(self.dtype)
         valid_GT = tokens.valid_BL.reshape(-1, group_size)
         logits_GTE, dropped = None, jnp.zeros((), jnp.int32)
         if c.router == "soft_moe":
@@ -150,7 +160,7 @@ class Moe(nnx.Module):
                 y_ND = experts.weighted_ffn(x_ND, gate_NE, self.weights, activation=c.activation)
             else:
                 drop = self._dropout(tokens, train)
-                y_ND, dropped = self._send(x_ND, assignment_GT, capacity, self.is_dropless(factor), drop)
+                y_ND, dropped = self._send(x_ND, assignment_GT, capacity, self.is_dropless(factor), train, drop)
         if self.shared is not None:
             y_ND += self.shared(x_ND)
         aux = self._aux(assignment_GT, logits_GTE, tokens.valid_BL, valid_GT, dropped)
@@ -168,6 +178,7 @@ class Moe(nnx.Module):
         assignment_GT: routing.Assignment,
         capacity: int,
         is_dropless: bool,
+        train: bool,
         drop: "Dropout | None",
     ) -> tuple[Array, Array]:
         """Tokens to their experts and back: (y_ND, how many choices were dropped)."""
@@ -178,21 +189,18 @@ class Moe(nnx.Module):
         if is_dropless:
             slots, count_E = dispatch.dropless_slots(expert_NK, num_experts=c.num_experts)
         else:
-            order = c.capacity_order
-            if order == "auto":
-                order = "choices" if c.router == "gshard" else "tokens"
             slots = dispatch.capacity_slots(
                 expert_GTK,
                 num_experts=c.num_experts,
                 capacity=capacity,
-                order=order,
+                order=c.slot_order(train),
                 priority_GT=assignment_GT.prob_TE.max(axis=-1),
             )
         kept_NK = dispatch.kept(slots)
         if c.normalise_gates == "after":
             gate_NK = jnp.where(kept_NK, gate_NK, 0.0)
             gate_NK /= gate_NK.sum(axis=-1, keepdims=True) + 1e-9
-        x_SD = dispatch.dispatch(x_ND.astype(self.dtype), slots)
+        x_SD = dispatch.dispatch(x_ND, slots)
         hidden_drop = None if drop is None else drop.of_slots(slots)
         if is_dropless:
             rule = dispatch_rules.RULES.get(jax.default_backend(), dispatch_rules.RULES["gpu"])
@@ -212,7 +220,7 @@ class Moe(nnx.Module):
     def _mix(self, x_BLD: Array, valid_GT: Array) -> tuple[Array, routing.Assignment]:
         """Soft MoE: every slot a mixture of a group's tokens, every token a mixture of the slots' outputs."""
         c = self.config
-        x_GTD = jnp.where(valid_GT[..., None], x_BLD.reshape(*valid_GT.shape, -1), 0)
+        x_GTD = x_BLD.reshape(*valid_GT.shape, -1)
         dispatch_GTES, combine_GTES = self.router.mixtures(x_GTD, valid_GT)
         x_EGSD = jnp.einsum("gtes,gtd->egsd", dispatch_GTES.astype(self.dtype), x_GTD.astype(self.dtype))
         y_SD = experts.capacity_ffn(x_EGSD.reshape(-1, x_EGSD.shape[-1]), self.weights, activation=c.activation)
@@ -244,6 +252,9 @@ class Moe(nnx.Module):
             losses["relu"] *= jax.lax.stop_gradient(self.router.state[...])
         if "sequence" in c.loss_weights():
             assignment_BL = jax.tree.map(lambda x_GT: x_GT.reshape(*valid_BL.shape, *x_GT.shape[2:]), assignment_GT)
+            if c.router == "sigmoid_bias":  # DeepSeek-V3's eq. 18 counts what affinities without the bias would choose
+                unbiased_BLK = jax.lax.top_k(assignment_BL.prob_TE, c.num_choices)[1]
+                assignment_BL = assignment_BL._replace(expert_TK=unbiased_BLK)
             losses["sequence"] = jax.vmap(balance.load_balance_loss)(assignment_BL, valid_BL).mean()
         expert_NK = jnp.where(valid_BL.reshape(-1, 1), assignment_GT.expert_TK.reshape(-1, num_choices), c.num_experts)
         gate_NK = assignment_GT.gate_TK.reshape(-1, num_choices)

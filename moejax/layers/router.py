@@ -58,6 +58,8 @@ class Router(nnx.Module):
             case "label":
                 pass
             case "hash":
+                if not vocab_size:
+                    raise ValueError("router=hash needs vocab_size, the size of its table; give it")
                 table_V = jax.random.randint(rngs.params(), (vocab_size,), 0, num_experts)
                 state = RouterState(table_V, axes=("table",))
             case "soft_moe":
@@ -170,6 +172,7 @@ class Router(nnx.Module):
                 return routing.hash(token_T, self.state[...], num_experts=c.num_experts, valid_T=valid_T)
             case "label":
                 label_T = _given(inputs_T["label"], "label", "labels (labels_BL)")
+                # more labels than experts: label i shares an expert with label i + E
                 expert_T = jnp.where(label_T >= 0, label_T % c.num_experts, c.num_experts)
                 return routing.label(expert_T, num_experts=c.num_experts, valid_T=valid_T)
         raise ValueError(f"router={c.router} is not known; choose one of {', '.join(config_lib.ROUTERS)}")

@@ -33,7 +33,8 @@ def load_balance_loss(assignment: routing.Assignment, valid_T: Array, *, num_cou
     gradient. The shares sum to 1 for any K, as in Megatron; flaxformer does not divide by K: its loss is K times ours.
 
     On the tokens of one sequence this is also the expert-level loss of DeepSeekMoE (arXiv 2401.06066, eq. 12-14) and
-    the sequence-wise loss of DeepSeek-V3 (arXiv 2412.19437, eq. 17-20), whose prob_TE are normalised sigmoids.
+    the sequence-wise loss of DeepSeek-V3 (arXiv 2412.19437, eq. 17-20), whose prob_TE are normalised sigmoids and whose
+    choices are those without the bias (eq. 18).
 
     Args:
       assignment: the router's choices.
@@ -127,7 +128,8 @@ def bias_update(bias_E: Array, count_E: Array, rate: float | Array) -> Array:
 def coefficient_update(
     coefficient: Array, num_active: Array, num_tokens: Array | int, *, k: int, multiplier: float
 ) -> Array:
-    """The weight of relu_loss for the next step (ReMoE, arXiv 2412.14711, section 3.3).
+    """The weight of relu_loss for the next step (ReMoE, arXiv 2412.14711, section 3.3), at least 1e-30: from 0 it could
+    never grow again.
 
     The coefficient is multiplied while the sparsity 1 - num_active / (num_tokens * E) is below its target 1 - k/E, and
     divided otherwise. Below means num_active > k * num_tokens, whatever E is.
@@ -140,7 +142,7 @@ def coefficient_update(
       multiplier: above 1.
     """
     too_dense = jnp.asarray(num_active, jnp.float32) > k * jnp.asarray(num_tokens, jnp.float32)  # float: k * T may wrap
-    return jnp.where(too_dense, coefficient * multiplier, coefficient / multiplier)
+    return jnp.maximum(jnp.where(too_dense, coefficient * multiplier, coefficient / multiplier), 1e-30)
 
 
 def router_entropy(prob_TE: Array, valid_T: Array) -> Array:

@@ -104,6 +104,7 @@ def weighted_ffn(
     def add(y_ND: Array, expert: tuple[Array, Weights]) -> tuple[Array, None]:
         gate_N, one = expert
         out_ND = capacity_ffn(x_ND, jax.tree.map(lambda leaf: leaf[None], one), activation=activation, drop=drop)
-        return y_ND + gate_N[:, None].astype(x_ND.dtype) * out_ND, None
+        return y_ND + gate_N[:, None] * out_ND, None
 
-    return jax.lax.scan(add, jnp.zeros_like(x_ND), (gate_NE.T, weights))[0]
+    zeros_ND = jnp.zeros(x_ND.shape, jnp.float32)
+    return jax.lax.scan(add, zeros_ND, (gate_NE.T, weights))[0].astype(x_ND.dtype)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -108,10 +109,12 @@ def make_train_step(
             return jax.tree.map(jnp.add, total, (sums, grads)), None
 
         part_sharding = partition.batch_sharding(mesh)
+        rows = _rows_of_groups(config)
 
         def split(x):
-            """(B, ...) -> (parts, B / parts, ...), each part spread over all devices."""
-            x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+            """(B, ...) -> (parts, B / parts, ...), each part spread over all devices, the rows of a group together."""
+            x = x.reshape(-1, parts, rows, *x.shape[1:]).swapaxes(0, 1)
+            x = x.reshape(parts, -1, *x.shape[3:])
             spec = jax.sharding.PartitionSpec(None, *part_sharding.spec)
             return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, spec))
 
@@ -151,6 +154,12 @@ def make_train_step(
     )
 
 
+def _rows_of_groups(config: config_lib.Config) -> int:
+    """The least number of rows that hold whole routing groups."""
+    length = config.data.seq_length
+    return math.lcm(config.model.moe.group_size or length, length) // length if config.model.uses("moe") else 1
+
+
 def _has_noise(model: config_lib.ModelConfig) -> bool:
     moe_config = model.moe
     noisy = {"switch": moe_config.jitter > 0, "gshard": moe_config.second_threshold > 0, "noisy_top_k": True}
@@ -181,10 +190,11 @@ def _update_routers(model: lm.Lm, moe_aux: moe.MoeAux, num_valid: Array, moe_con
 def routing_metrics(moe_aux: moe.MoeAux, num_valid: Array) -> dict[str, Array]:
     """Statistics of a step, a row a MoE layer, but for the losses, which are means over layers, without their weights.
 
-    {name}_loss for each auxiliary loss of the router. load: shares of the experts in the choices. max_load: the largest
-    load over the mean. unused_experts: share of the experts without a token. dropped: share of the choices.
-    router_entropy: mean over tokens, in nats. experts_per_token: choices a token. coactivation, where a token has
-    several choices: the share of the tokens that chose the pair of experts which is chosen most often.
+    {name}_loss for each auxiliary loss of the router (relu_loss with its coefficient). load: shares of the experts in
+    the choices. max_load: the largest load over the mean. unused_experts: share of the experts without a token.
+    dropped: share of the choices. router_entropy: mean over tokens, in nats. experts_per_token: choices a token (with
+    soft, the sum of its weights, 1). coactivation, where a token has several choices: the share of the tokens that
+    chose the pair of experts which is chosen most often.
 
     num_valid: tokens that are not padding.
     """

@@ -63,7 +63,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
         )
     mesh = partition.make_mesh(config.mesh)
     partition.check_batch(config, mesh)
-    table_V = tables.read(config)
+    table_V = None if folder.has_checkpoints(workdir) else tables.read(config)  # a checkpoint has the table
     abstract = state_lib.abstract(config, mesh)
     data = pipeline.load(config.data, folder.load_tokenizer(workdir))
     folder.check_vocabulary(config, data.tokenizer)
@@ -213,11 +213,22 @@ def notes(config: config_lib.Config, data: pipeline.Data) -> list[str]:
     if not config.model.uses("moe"):
         return []
     c, found = config.model.moe, []
-    order = "choices" if c.router == "gshard" and c.capacity_order == "auto" else c.capacity_order
-    if order == "choices" and c.num_choices > 1 and c.dispatch != "dropless" and c.capacity_factor:
+    routed = config_lib.ROUTERS[c.router]
+    is_dropless = c.dispatch == "dropless" or (c.dispatch == "auto" and routed.dropless)
+    if is_dropless and (c.capacity_factor or c.eval_capacity_factor):
+        found.append(f"note: router={c.router} drops no token here; model.moe.capacity_factor does not apply")
+    looks_ahead = [
+        phase
+        for phase, train, factor in (
+            ("training", True, c.capacity_factor),
+            ("evaluation", False, c.eval_capacity_factor),
+        )
+        if c.slot_order(train) == "choices" and factor and c.num_choices > 1 and not is_dropless
+    ]
+    if looks_ahead:
         found.append(
-            "note: with model.moe.capacity_order=choices, as in GShard, whether a second choice is dropped depends on "
-            "later tokens; capacity_order=tokens does not look ahead"
+            f"note: in {' and '.join(looks_ahead)} first choices get slots before second ones, as in GShard: whether a "
+            "second choice is dropped depends on later tokens; model.moe.capacity_order=tokens does not look ahead"
         )
     if c.router == "sinkhorn":
         found.append(
@@ -225,7 +236,8 @@ def notes(config: config_lib.Config, data: pipeline.Data) -> list[str]:
             "evaluation and generation choose by the token alone"
         )
     if c.router == "label":
-        found.append(f"{len(data.labels)} labels over {c.num_experts} experts: {', '.join(data.labels[:12])}")
+        names = ", ".join(f"{name} to {i % c.num_experts}" for i, name in enumerate(data.labels[:24]))
+        found.append(f"note: {len(data.labels)} labels over {c.num_experts} experts: {names}")
     return found
 
 

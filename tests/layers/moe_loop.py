@@ -79,7 +79,8 @@ def capacity_of(c, size, train):
 def run(c, w, state, x, inputs):
     """The layer of config c with weights w (nested, by attribute) and router state on x_BLD."""
     num_experts, size = c.num_experts, c.group_size or x.shape[1]
-    tokens, valid = x.reshape(-1, x.shape[-1]), inputs.valid_BL.reshape(-1)
+    valid = inputs.valid_BL.reshape(-1)
+    tokens = np.where(valid[:, None], x.reshape(-1, x.shape[-1]), 0)  # padding is cleared, for shared experts too
     y, parts, dropped = np.zeros(tokens.shape), [], 0
     received = np.zeros(num_experts, int)
     for start in range(0, len(tokens), size):
@@ -220,6 +221,11 @@ def loss_of(name, c, expert_TK, gate_TK, prob_TE, load_TE, logits_TE):
     per_group = num_experts // c.num_groups
     in_groups = lambda v: v.reshape(c.num_groups, per_group).sum(axis=1)  # noqa: E731
     match name:
+        case "sequence" if c.router == "sigmoid_bias":  # DeepSeek-V3 eq. 18: the choice by affinity, without the bias
+            k = c.num_choices
+            best = [sorted(range(num_experts), key=lambda e: -p[e])[:k] for p in prob_TE]
+            used = np.array([sum(e in chosen for chosen in best) for e in range(num_experts)])
+            return (num_experts / (k * num_tokens) * used * mean).sum()
         case "balance" | "sequence":
             return num_experts * (share * mean).sum()
         case "importance":

@@ -30,8 +30,8 @@ def draw_tokens(seed=0):
 
 @pytest.mark.parametrize("router", [name for name, router in config_lib.ROUTERS.items() if router.causal])
 def test_evaluation_sees_no_later_token_with_any_causal_router_even_where_it_drops(router):
-    """By value: whether a choice is dropped is no smooth function. Slots in token order, also for gshard."""
-    model = make(router, {"eval_capacity_factor": 0.5, "capacity_order": "tokens"})
+    """By value: whether a choice is dropped is no smooth function."""
+    model = make(router, {"eval_capacity_factor": 0.5})
     labels = np.zeros((2, LENGTH), np.int32)
     run = jax.jit(lambda tokens: model(tokens, labels_BL=labels))
     first, second = draw_tokens(), draw_tokens()
@@ -77,8 +77,7 @@ def test_noise_differs_between_layers_and_rows_and_only_trains():
     assert (np.asarray(noisy[0]) != np.asarray(noisy[1])).any()
     np.testing.assert_array_equal(still[0], still[1])
     np.testing.assert_array_equal(run(keys[::-1], True)[::-1], noisy)
-    program = str(jax.make_jaxpr(lambda: model(tokens, train=True)[0])())
-    assert "random_bits" not in program
+    np.testing.assert_array_equal(jax.jit(lambda: model(tokens, train=True)[0])(), still)  # no keys, no noise
 
 
 @pytest.mark.parametrize("router", ["expert_choice", "soft_moe"])

@@ -73,6 +73,7 @@ def test_the_gradient_of_the_balance_loss_does_not_depend_on_devices_or_microbat
     """The loss alone: with no token counted, the router's first update is that of the balance loss."""
     config = settings("top_k")
     config.data.batch_size, config.model.moe.balance_weight, config.model.num_periods = 16, 1.0, 1
+    config.model.moe.group_size = 2 * config.data.seq_length if devices * microbatches < 16 else 0
     config.training.num_microbatches = microbatches
     config.mesh = config_lib.MeshConfig(data=devices, tensor=8 // devices)
     actual = balance_gradient(config)
