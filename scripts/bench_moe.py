@@ -162,7 +162,7 @@ def variants(a: argparse.Namespace, num_experts: int, k: int) -> dict[str, tuple
         "router": params["router"]["weight"][...], "up": params["up"][...], "down": params["down"][...],
     }  # fmt: skip
     found["one-hot einsum"] = (weights, functools.partial(one_hot, k=k))
-    return found
+    return {name: variant for name, variant in found.items() if name not in a.without}
 
 
 def table(a: argparse.Namespace) -> None:
@@ -279,6 +279,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--experts", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--choices", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--without", nargs="*", default=[], help="rows to leave out, e.g. ragged_dot")
     parser.add_argument("--no_torch", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--write_rules", action="store_true")
