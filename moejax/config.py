@@ -75,8 +75,8 @@ class MambaConfig:
     dt_rank: int = 0  # R, rank of the dt projection; 0 means ceil(d_model / 16)
     dt_min: float = 0.001  # dt at initialisation is log-uniform in [dt_min, dt_max]
     dt_max: float = 0.1
-    scan: str = "auto"  # auto, associative, reference
-    chunk_size: int = 8  # tokens scanned associatively at a time; the state is carried between chunks
+    scan: str = "auto"  # auto (the fastest here), associative, unrolled, reference
+    chunk_size: int = 0  # tokens scanned at a time, the state carried between chunks; 0 = d_state, but at least 8
 
 
 @_config

@@ -69,7 +69,8 @@ def _validate_model(model: config_lib.ModelConfig) -> None:
     _positive(config, "model.norm_eps", "model.init_scale", "model.embedding_std")
     if model.uses("mamba"):
         mamba = model.mamba
-        _at_least(config, 1, "model.mamba.d_state", "model.mamba.d_conv", "model.mamba.chunk_size")
+        _at_least(config, 1, "model.mamba.d_state", "model.mamba.d_conv")
+        _at_least(config, 0, "model.mamba.chunk_size")
         _at_least(config, 0, "model.mamba.dt_rank")
         inner = int(mamba.expand * model.d_model)
         _require(inner >= 1, f"model.mamba.expand={mamba.expand} leaves no inner channel; raise it")
@@ -77,7 +78,7 @@ def _validate_model(model: config_lib.ModelConfig) -> None:
             1e-4 <= mamba.dt_min <= mamba.dt_max,  # 1e-4 is the floor of Mamba's reference code
             f"model.mamba.dt_min={mamba.dt_min} must lie between 0.0001 and dt_max={mamba.dt_max}; change it",
         )
-        _one_of("model.mamba.scan", mamba.scan, ("auto", "associative", "reference"))
+        _one_of("model.mamba.scan", mamba.scan, ("auto", "associative", "unrolled", "reference"))
     if model.uses("attention"):
         heads = model.attention.num_heads
         _at_least(config, 1, "model.attention.num_heads")

@@ -18,14 +18,12 @@ import statistics
 import tempfile
 import time
 
-import jax
-import numpy as np
+import bench_train
 from tensorboardX import record_writer
 
-from moejax import cli, partition, rules
+from moejax import cli
 from moejax import config as config_lib
 from moejax.data import corpora, pipeline, preparation
-from moejax.training import state as state_lib
 
 SHARD_BYTES = 100_000_000
 QUICKSTART = pathlib.Path(__file__).resolve().parent.parent / "configs" / "quickstart.py"
@@ -40,9 +38,11 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         measure_data(pathlib.Path(folder), arguments.seconds, arguments.turns)
-    consume("training configs/quickstart.py", cli.read_config(str(QUICKSTART), []), num_steps=30)
+    quickstart = bench_train.measure(cli.read_config(str(QUICKSTART), []), 30)
+    report("training configs/quickstart.py", quickstart.tokens_per_second)
     if not arguments.skip_large_model:
-        consume("training MoE-Mamba 25M, batch of 1", moe_mamba_25m(), num_steps=3)
+        large = bench_train.measure(bench_train.moe_mamba_25m(num_experts=42), 3)
+        report("training MoE-Mamba 25M, batch of 1", large.tokens_per_second)
 
 
 def measure_data(folder: pathlib.Path, seconds: float, turns: int) -> None:
@@ -99,41 +99,6 @@ def read(data: pipeline.Data, config: config_lib.DataConfig, seconds: float) -> 
     elapsed = time.perf_counter() - start
     batches.close()
     return count / elapsed
-
-
-def consume(name: str, config: config_lib.Config, num_steps: int) -> None:
-    """Tokens a second of training steps on one device."""
-    rules.validate(config)
-    mesh = partition.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
-    state = state_lib.create(config, mesh)
-    step = state_lib.make_train_step(config, mesh)
-    rng = np.random.default_rng(0)
-    shape = (config.data.batch_size, config.data.seq_length)
-    tokens_BL = rng.integers(0, config.model.vocab_size, shape).astype(np.int32)
-    batch = {
-        "inputs_BL": tokens_BL,
-        "targets_BL": tokens_BL,
-        "segment_ids_BL": np.ones(shape, np.int32),
-        "positions_BL": np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1)),
-        "loss_mask_BL": np.ones(shape, bool),
-    }
-    times = []
-    for _ in range(num_steps + 1):
-        start = time.perf_counter()
-        state, metrics = step(state, jax.device_put(batch, partition.batch_sharding(mesh)))
-        jax.block_until_ready(metrics)
-        times.append(time.perf_counter() - start)
-    report(name, tokens_BL.size / statistics.median(times[1:]))  # the first compiles
-
-
-def moe_mamba_25m() -> config_lib.Config:
-    """The shape of the paper's model; one row a batch."""
-    c = config_lib.Config()
-    c.model.vocab_size, c.model.d_model, c.model.num_periods = config_lib.GPT2_VOCAB_SIZE, 512, 8
-    c.model.moe.num_experts, c.model.moe.d_expert = 42, 1536
-    c.model.norm, c.model.final_norm, c.model.tie_embeddings = "layernorm", False, False
-    c.data.tokenizer, c.data.seq_length, c.data.batch_size = "gpt2", 1024, 1
-    return c
 
 
 # --- a shard in C4's format ------------------------------------------------------------------------------------------

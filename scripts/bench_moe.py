@@ -25,12 +25,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from side_by_side import Program, measure
 
 from moejax import config as config_lib
 from moejax.layers import moe
 from moejax.ops import dispatch_rules, experts, routing
-
-SLOW = 5.0  # seconds: a variant is not repeated once a run takes longer, and its first run counts
 
 
 def dense(weights: dict[str, jax.Array], x_TD: jax.Array) -> jax.Array:
@@ -79,25 +78,6 @@ def layer(
     return params, run
 
 
-class Program:
-    """A compiled function whose result goes into the memory of its last result."""
-
-    def __init__(self, function: Callable, *inputs: Any):
-        self.inputs = inputs
-        self._old = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, *inputs))
-        jitted = jax.jit(lambda old, *inputs: function(*inputs), donate_argnums=0, keep_unused=True)
-        self._compiled = jitted.lower(self._old, *inputs).compile()
-        memory: Any = self._compiled.memory_analysis()
-        self.megabytes = memory.temp_size_in_bytes / 1e6
-        self.seconds: list[float] = []
-
-    def run(self) -> None:
-        """Once, and notes the time."""
-        begin = time.perf_counter()
-        self._old = jax.block_until_ready(self._compiled(self._old, *self.inputs))
-        self.seconds.append(time.perf_counter() - begin)
-
-
 class TorchMixtral:
     """transformers' block, forward or forward and backward."""
 
@@ -132,16 +112,6 @@ class TorchMixtral:
 def gradient(function: Callable) -> Callable:
     """Forward and backward, of parameters and input."""
     return jax.grad(lambda params, x: jnp.sum(function(params, x) ** 2), argnums=(0, 1))
-
-
-def measure(programs: dict[Any, Any], repeats: int) -> None:
-    """Runs all of them in turn, the first time unmeasured but for the slow ones."""
-    for _ in range(repeats + 1):
-        for program in programs.values():
-            if not program.seconds or program.seconds[0] < SLOW:
-                program.run()
-    for program in programs.values():
-        del program.seconds[: len(program.seconds) - 1 and 1]
 
 
 def variants(a: argparse.Namespace, num_experts: int, k: int) -> dict[str, tuple[Any, Callable]]:
@@ -185,17 +155,17 @@ def table(a: argparse.Namespace) -> None:
                 continue
             programs: dict[tuple[str, bool], Any] = {}
             for name, (params, function) in variants(a, num_experts, k).items():
-                programs[name, False] = Program(function, params, x_TD)
-                programs[name, True] = Program(gradient(function), params, x_TD)
+                programs[name, False] = Program(function, params, x_TD, limit_gb=a.limit_gb)
+                programs[name, True] = Program(gradient(function), params, x_TD, limit_gb=a.limit_gb)
             if has_torch:
                 for backward in (False, True):
                     programs["torch Mixtral", backward] = TorchMixtral(a, num_experts, k, backward=backward)
-            measure(programs, a.repeats)
+            measure(programs.values(), a.repeats)
             for name in dict.fromkeys(name for name, _ in programs):
                 cells = ""
                 for backward in (False, True):
                     program = programs[name, backward]
-                    seconds = statistics.median(program.seconds)
+                    seconds = statistics.median(program.seconds or [float("nan")])
                     ratio = seconds / statistics.median(programs["dense FFN", backward].seconds)
                     megabytes = f"{program.megabytes:,.0f}" if program.megabytes == program.megabytes else "-"
                     cells += f"{1e3 * seconds:>{13 if backward else 9}.0f}{ratio:>9.2f}{megabytes:>9}"
@@ -220,13 +190,13 @@ def profile(a: argparse.Namespace) -> None:
         programs: dict[Any, Any] = {}
         for name, product in products.items():
             operands = [jnp.ones([size[dim] for dim in operand]) for operand in product.partition("->")[0].split(",")]
-            programs[name] = Program(functools.partial(jnp.einsum, product), *operands)
+            programs[name] = Program(functools.partial(jnp.einsum, product), *operands, limit_gb=a.limit_gb)
         params, function = layer(a, num_experts, 1, dispatch="capacity")
-        programs["layer"] = Program(gradient(function), params, x_TD)
+        programs["layer"] = Program(gradient(function), params, x_TD, limit_gb=a.limit_gb)
         for program in programs.values():  # fresh memory makes a first run slow, whatever the product
             program.run()
             program.seconds.clear()
-        measure(programs, a.repeats)
+        measure(programs.values(), a.repeats)
         times = {name: 1e3 * statistics.median(program.seconds) for name, program in programs.items()}
         whole = times.pop("layer")
         megabytes = 8e-6 * num_experts * a.width * a.hidden
@@ -243,8 +213,8 @@ def write_rules(a: argparse.Namespace) -> None:
         programs = {}
         for name, setting in settings.items():
             params, function = layer(a, **setting)
-            programs[name] = Program(gradient(function), params, x_TD)
-        measure(programs, a.repeats)
+            programs[name] = Program(gradient(function), params, x_TD, limit_gb=a.limit_gb)
+        measure(programs.values(), a.repeats)
         return {name: statistics.median(program.seconds) for name, program in programs.items()}
 
     of = {"num_experts": 32, "k": 1, "dispatch": "dropless"}
@@ -282,6 +252,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--experts", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--choices", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--limit_gb", type=float, default=12.0, help="what reserves more is compiled, and not run")
     parser.add_argument("--without", nargs="*", default=[], help="rows to leave out, e.g. ragged_dot")
     parser.add_argument("--no_torch", action="store_true")
     parser.add_argument("--profile", action="store_true")

