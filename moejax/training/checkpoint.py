@@ -24,13 +24,18 @@ from moejax.training import state as state_lib
 _CHECKSUMS = "checksums"
 
 
+def _is_no_progress(record: logging.LogRecord) -> bool:
+    """False for what orbax reports of its progress, at the level of warnings."""
+    return record.levelno >= logging.ERROR or "orbax" not in pathlib.Path(record.pathname).parts
+
+
 class Checkpoints:
     """The checkpoints in a folder, named by their step."""
 
     def __init__(self, folder: pathlib.Path, config: config_lib.CheckpointConfig, *, read_only: bool = False):
         """Opens the folder; unless read_only, makes it, and clears what an interrupted save has left."""
         self.folder = folder
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports its progress at the level of warnings
+        logging.getLogger("absl").addFilter(_is_no_progress)  # one and the same function is added once
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep_last,
             keep_period=config.keep_every or None,

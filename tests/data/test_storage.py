@@ -209,7 +209,7 @@ def test_an_index_that_is_removed_under_way_is_refused_with_the_remedy(file, cac
 def test_a_cache_folder_that_cannot_be_written_costs_a_warning(file, tmp_path, monkeypatch, caplog):
     (tmp_path / "no_folder").write_text("")
     monkeypatch.setenv("MOEJAX_CACHE", str(tmp_path / "no_folder"))
-    with caplog.at_level("WARNING", logger="absl"):  # which checkpoints may have made quieter
+    with caplog.at_level("WARNING", logger="absl"):
         index = pickle.loads(pickle.dumps(storage.index(file, "kind", builder([]))))
     assert index.ints(0, 4).tolist() == NUMBERS.tolist()
     assert index.blob(0, 6) == b"a blob"

@@ -1,5 +1,6 @@
 """Laws of checkpoints: exact, checked, kept as asked, and free of the mesh they were made on."""
 
+import logging
 import pathlib
 
 import jax
@@ -64,6 +65,15 @@ def test_the_newest_checkpoint_comes_back_bit_for_bit(tmp_path, config):
     (restored, step), damaged = restore(tmp_path / "c", config)
     assert (step, damaged) == (7, [])
     assert_equal(restored, steps_state(config, 7))
+
+
+def test_our_warnings_are_heard_once_a_checkpoint_was_open_and_those_of_orbax_are_not(tmp_path, config, caplog):
+    checkpoint.Checkpoints(tmp_path / "c", config.checkpoint).close()
+    logger = logging.getLogger("absl")
+    for level, folder in (("WARNING", "moejax"), ("WARNING", "orbax"), ("ERROR", "orbax")):
+        number = getattr(logging, level)
+        logger.handle(logger.makeRecord("absl", number, f"/python/{folder}/a.py", 1, f"{level} of {folder}", (), None))
+    assert caplog.messages == ["WARNING of moejax", "ERROR of orbax"]
 
 
 def test_an_empty_folder_has_none(tmp_path, config):
