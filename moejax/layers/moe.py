@@ -74,9 +74,7 @@ class Moe(nnx.Module):
 
         self.router = router.Router(d_model, c, vocab_size=vocab_size, scheme=scheme, init_scale=init_scale, rngs=rngs)
         self.up = nnx.Param(weight(c.num_experts, d_model, columns), axes=("expert", "embed", "ffn"))
-        self.down = nnx.Param(
-            weight(c.num_experts, c.d_expert, d_out, fan_in=fan_in), axes=("expert", "ffn", "embed")
-        )
+        self.down = nnx.Param(weight(c.num_experts, c.d_expert, d_out, fan_in=fan_in), axes=("expert", "ffn", "embed"))
         self.up_bias = nnx.Param(jnp.zeros((c.num_experts, columns)), axes=("expert", "ffn")) if c.bias else None
         self.down_bias = nnx.Param(jnp.zeros((c.num_experts, d_out)), axes=("expert", "embed")) if c.bias else None
         shared = None
