@@ -1,9 +1,11 @@
 """Laws of training a model with experts inside its Mamba blocks: loss, statistics, layout, generation, counts."""
 
 import copy
+import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -14,7 +16,7 @@ from moejax import config as config_lib
 from moejax import partition, rules
 from moejax.layers import block
 from moejax.models import lm
-from moejax.training import loss, optimizer, state, tables, trainer
+from moejax.training import optimizer, state, tables, trainer
 
 
 @pytest.fixture
@@ -24,7 +26,8 @@ def config() -> config_lib.Config:
     c.model.period, c.model.num_periods = ("mamba_moe",), 2
     c.model.mamba.moe_projections = ("gate",)
     c.model.mamba.chunk_size = 4
-    c.model.moe.router, c.model.moe.group_size, c.model.moe.balance_weight = "switch", 64, 0.5
+    c.model.moe.router, c.model.moe.group_size, c.model.moe.z_weight = "switch", 64, 0.5
+    c.model.moe.balance_weight = 0.0
     c.model.embedding_std = 0.5
     c.optimizer.eps = 1e-3  # Adam's first update is g / (|g| + eps): a tiny eps turns rounding of a tiny g into a flip
     c.optimizer.clip_norm = 0.0
@@ -32,23 +35,29 @@ def config() -> config_lib.Config:
 
 
 @functools.cache
-def _step(config: config_lib.Config):
+def initial(config: config_lib.Config):
+    """The state before the first step, on the host."""
+    return jax.device_get(state.create(config, partition.make_mesh(config.mesh, jax.devices()[:1])))
+
+
+@functools.cache
+def compiled(config: config_lib.Config):
+    """step(state, batch) -> (the next state, metrics), from the host and back."""
     rules.validate(config)
     mesh = partition.make_mesh(config.mesh, jax.devices()[: 1 if config.mesh.fsdp == -1 else 4])
     partition.check_batch(config, mesh)
-    placed = jax.device_put(make_batch(config), partition.batch_sharding(mesh))
-    new, metrics = state.make_train_step(config, mesh)(state.create(config, mesh), placed)
-    moments = new.opt_state[0].mu if config.optimizer.clip_norm == 0 else None
-    return jax.device_get((new.model, moments, metrics))
+    run, places = state.make_train_step(config, mesh), state.shardings(config, mesh)
 
+    def step(before, batch):
+        placed = jax.device_put(batch, partition.batch_sharding(mesh))
+        return jax.device_get(run(jax.device_put(before, places), placed))
 
-def step(config: config_lib.Config):
-    """(the model, Adam's first moments, the metrics) after one update."""
-    return _step(copy.deepcopy(config))
+    return step
 
 
 def test_metrics_have_a_row_for_every_mixture_in_depth_order(config):
-    _, _, metrics = step(config)
+    c = copy.deepcopy(config)
+    _, metrics = compiled(c)(initial(c), make_batch(c))
     routing = metrics["routing"]
     assert routing["load"].shape == (2, 4)
     np.testing.assert_allclose(routing["load"].sum(axis=1), 1, rtol=1e-6)
@@ -64,36 +73,39 @@ def test_metrics_have_a_row_for_every_mixture_in_depth_order(config):
 
 
 def test_auxiliary_losses_enter_the_objective_with_their_weight_as_a_mean_over_mixtures(config):
-    """Adam's first moment is 0.1 of the gradient: that of the mean nats and half the mean of two balance losses.
+    """With no token counted, Adam's first moment of a router is 0.1 of half the gradient of the mean z-loss.
 
-    With the noise of the first step's keys; without it the loss is another.
+    Against differences of the reported mean, in float32: 1 %. They move the last router, whose logits alone then move,
+    smoothly; the noise is that of the step's keys in all of them.
     """
-    _, moments, metrics = step(config)
-    batch = make_batch(config)
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(config.training.seed), 0), config.data.batch_size)
-    rules.validate(config)
+    c, batch = copy.deepcopy(config), make_batch(config)
+    batch["loss_mask_BL"] = np.zeros_like(batch["loss_mask_BL"])
+    step, before = compiled(c), initial(c)
+    weight = before.model.periods.blocks[0].branches[0].gate_proj.router.weight[...]
+    moment = step(before, batch)[0].opt_state[0].mu["periods"]["blocks"][0]["branches"][0]["gate_proj"]["router"]
+    direction = np.random.default_rng(0).normal(size=weight.shape).astype(np.float32)
+    direction[0] = 0
 
-    def objective(model):
-        sums = loss.sums(model, batch | {"keys_B": keys}, train=True)
-        return sums["nats"] / sums["tokens"] + 0.5 / 2 * sums["moe"].losses["balance"].sum(), sums
+    def z_loss(moved):
+        model = jax.tree.map(lambda leaf: leaf, before.model)
+        model.periods.blocks[0].branches[0].gate_proj.router.weight.set_value(moved)
+        return step(dataclasses.replace(before, model=model), batch)[1]["routing"]["z_loss"]
 
-    gradient, sums = jax.jit(jax.grad(objective, has_aux=True))(tiny.model(config.model, config.training.seed))
-    for a, b in zip(jax.tree.leaves(moments), jax.tree.leaves(gradient), strict=True):
-        np.testing.assert_allclose(a / 0.1, b, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(metrics["routing"]["balance_loss"], sums["moe"].losses["balance"].mean(), rtol=1e-5)
-    for layer, _ in lm.moe_layers(gradient):
-        assert np.abs(layer.router.weight[...]).max() > 1e-5
+    slope = (z_loss(weight + 1e-2 * direction) - z_loss(weight - 1e-2 * direction)) / 2e-2
+    assert np.abs(slope) > 1e-2
+    np.testing.assert_allclose((moment["weight"][...] * direction).sum(), 0.1 * 0.5 * slope, rtol=0.01)
 
 
 def test_layout_changes_no_number(config):
     """Two microbatches on four devices against one batch on one; noise included, groups of two rows."""
-    whole, _, metrics = step(config)
+    one, batch = copy.deepcopy(config), make_batch(config)
+    whole, metrics = compiled(one)(initial(one), batch)
     config.mesh, config.training.num_microbatches = config_lib.MeshConfig(data=1, fsdp=1, expert=2, tensor=2), 2
-    split, _, others = step(config)
+    split, others = compiled(config)(initial(one), batch)
     for name in metrics["routing"]:
         np.testing.assert_allclose(others["routing"][name], metrics["routing"][name], rtol=5e-5, atol=1e-6)
     np.testing.assert_allclose(others["loss"], metrics["loss"], rtol=1e-5)
-    for a, b in zip(jax.tree.leaves(split), jax.tree.leaves(whole), strict=True):
+    for a, b in zip(jax.tree.leaves(split.model), jax.tree.leaves(whole.model), strict=True):
         np.testing.assert_allclose(a, b, atol=3e-5, rtol=0)
 
 
