@@ -63,6 +63,8 @@ def test_metrics_have_a_row_for_every_mixture_in_depth_order(config):
     np.testing.assert_allclose(routing["load"].sum(axis=1), 1, rtol=1e-6)
     np.testing.assert_allclose(routing["experts_per_token"], 1, rtol=1e-6)
     assert np.isfinite(metrics["loss"])
+    later = dataclasses.replace(initial(c), step=np.array(1, np.int32))
+    assert compiled(c)(later, make_batch(c))[1]["routing"]["z_loss"] != routing["z_loss"]  # other keys
     config.model.prefix, config.model.suffix = ("mamba_moe",), ("moe", "mamba_moe")
     config.model.mamba.moe_projections, config.model.moe.group_size = ("gate", "out"), 0
     model, tokens = lm.abstract(config.model), jax.ShapeDtypeStruct((2, 32), jnp.int32)
