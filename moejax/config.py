@@ -11,7 +11,8 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-BRANCHES = ("mamba", "attention", "mlp", "moe")
+BRANCHES = ("mamba", "mamba_moe", "attention", "mlp", "moe")
+MAMBA_PROJECTIONS = ("conv", "gate", "out")
 NUM_BYTES = 256  # the byte tokenizer has these and one end-of-text token
 GPT2_VOCAB_SIZE = 50_257
 CORPORA = ("wikipedia", "docstrings")  # sources that need no files
@@ -77,6 +78,9 @@ class MambaConfig:
     dt_max: float = 0.1
     scan: str = "auto"  # auto (the fastest here), associative, unrolled, reference
     chunk_size: int = 0  # tokens scanned at a time, the state carried between chunks; 0 = d_state, but at least 8
+    # Of "mamba_moe" sublayers: which of their projections are experts, with the settings of model.moe (MoE-Mamba's
+    # Table 3): some of conv (to what is convolved and scanned), gate (to what gates it) and out. A "mamba" has none.
+    moe_projections: tuple[str, ...] = ()
 
 
 @_config
@@ -98,7 +102,10 @@ class MlpConfig:
 
 @_config
 class MoeConfig:
-    """Mixture of expert MLPs; each router is described in moejax/ops/routing.py, with its source."""
+    """Mixture of expert MLPs; each router is described in moejax/ops/routing.py, with its source.
+
+    Every mixture of a model has these settings: those of "moe" sublayers, and those inside "mamba_moe" sublayers.
+    """
 
     router: str = "top_k"  # one of ROUTERS
     num_experts: int = 8
@@ -196,6 +203,11 @@ class ModelConfig:
     def uses(self, branch: str) -> bool:
         """Whether any sublayer has this branch."""
         return any(branch in sublayer.split("|") for sublayer in self.sublayers)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any sublayer is or holds a mixture of experts, so that the settings of model.moe matter."""
+        return self.uses("moe") or self.uses("mamba_moe")
 
 
 @_config

@@ -58,7 +58,7 @@ def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
             f"training.num_microbatches={microbatches}; set it to a multiple of {shards * microbatches}"
         )
     tokens = batch // (shards * microbatches) * config.data.seq_length
-    if config.model.uses("moe") and moe.group_size and tokens % moe.group_size != 0:
+    if config.model.has_experts and moe.group_size and tokens % moe.group_size != 0:
         raise config_lib.ConfigError(
             f"model.moe.group_size={moe.group_size} does not divide the {tokens} tokens of a microbatch on a device, "
             "and a group never spans devices; set it to 0 or to a divisor"

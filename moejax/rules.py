@@ -67,7 +67,7 @@ def _validate_model(model: config_lib.ModelConfig) -> None:
     _one_of("model.remat", model.remat, ("none", "period"))
     _one_of("model.compute_dtype", model.compute_dtype, ("float32", "bfloat16"))
     _positive(config, "model.norm_eps", "model.init_scale", "model.embedding_std")
-    if model.uses("mamba"):
+    if model.uses("mamba") or model.uses("mamba_moe"):
         mamba = model.mamba
         _at_least(config, 1, "model.mamba.d_state", "model.mamba.d_conv")
         _at_least(config, 0, "model.mamba.chunk_size")
@@ -95,8 +95,28 @@ def _validate_model(model: config_lib.ModelConfig) -> None:
     if model.uses("mlp"):
         _at_least(config, 1, "model.mlp.d_ff")
         _one_of("model.mlp.activation", model.mlp.activation, config_lib.ACTIVATIONS)
-    if model.uses("moe"):
+    _validate_projections(model)
+    if model.has_experts:
         _validate_moe(model.moe, config)
+
+
+def _validate_projections(model: config_lib.ModelConfig) -> None:
+    """Of "mamba_moe"; puts them in order, as ("out", "gate") and ("gate", "out") are one setting."""
+    given, known = model.mamba.moe_projections, config_lib.MAMBA_PROJECTIONS
+    for name in given:
+        _one_of("model.mamba.moe_projections", name, known)
+        _require(given.count(name) == 1, f"model.mamba.moe_projections={given} has {name} twice; name it once")
+    _require(
+        bool(given) or not model.uses("mamba_moe"),
+        "model.mamba.moe_projections=() leaves mamba_moe without experts; set it to some of "
+        f"{', '.join(known)}, or use mamba",
+    )
+    _require(
+        not given or model.uses("mamba_moe"),
+        f"model.mamba.moe_projections={given} has no effect without a mamba_moe sublayer; put one in model.period, "
+        "or set it to ()",
+    )
+    model.mamba.moe_projections = tuple(name for name in known if name in given)
 
 
 # Settings of model.moe that only some routers read.
@@ -238,7 +258,7 @@ def _validate_causal(model: config_lib.ModelConfig, config: config_lib.Config) -
         "model.causal=False would let the model read the tokens that it predicts with data.objective=next_token; "
         "set model.causal=True",
     )
-    if not (model.causal and model.uses("moe")):
+    if not (model.causal and model.has_experts):
         return
     router = model.moe.router
     _require(
@@ -259,7 +279,7 @@ def _validate_labels(config: config_lib.Config) -> None:
         data.label in ("", "folder") or (data.label.startswith("field:") and len(data.label) > len("field:")),
         f"data.label={data.label} is not known; write field:NAME, folder, or leave it empty for the corpus's own",
     )
-    if config.model.uses("moe") and config.model.moe.router == "label":
+    if config.model.has_experts and config.model.moe.router == "label":
         _require(
             kind in config_lib.CORPORA or (data.label != "" and kind != "prepared"),
             f"model.moe.router=label needs a label for each document, and data.source={data.source} has none; "

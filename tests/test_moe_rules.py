@@ -66,6 +66,11 @@ def test_every_causal_router_is_one_override_away(router):
         ({"data__label": "topic"}, "write field:NAME, folder, or leave it empty"),
         ({"model__num_softmaxes": 0}, "num_softmaxes=0 must be 1 or more"),
         ({"model__init": "xavier"}, "init=xavier is not known; choose one of switch, moe_mamba"),
+        ({"model__period": ("mamba_moe",)}, "leaves mamba_moe without experts; set it to some of conv, gate, out, or"),
+        (
+            {"model__mamba__moe_projections": ("gate",)},
+            "no effect without a mamba_moe sublayer; put one in model.period",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_remedy(settings, expected):
@@ -116,3 +121,29 @@ def test_top_k_of_zero_is_the_routers_own():
         "noisy_top_k", "gshard", "group_limited", "sigmoid_bias",
     }  # fmt: skip
     assert config_lib.MoeConfig(top_k=3).num_choices == 3
+
+
+INNER = {"model__period": ("mamba_moe",)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"model__mamba__moe_projections": ("gate", "in")}, "in is not known; choose one of conv, gate, out"),
+        ({"model__mamba__moe_projections": ("gate", "gate")}, "has gate twice; name it once"),
+        ({"model__mamba__d_state": 0}, "model.mamba.d_state=0 must be 1 or more"),
+        ({"num_experts": 0}, "model.moe.num_experts=0 must be 1 or more"),
+        ({"router": "expert_choice"}, "in a causal model a token's output would depend on"),
+        ({"router": "label", "data__source": "files:x.txt"}, "set data.label=field:NAME or folder"),
+    ],
+)
+def test_experts_inside_mamba_keep_the_rules_of_experts_and_of_mamba(settings, expected):
+    assert expected in refusal(**{"model__mamba__moe_projections": ("out",)} | INNER | settings)
+
+
+def test_projections_in_any_order_are_one_setting():
+    config = config_lib.Config()
+    config.model.period, config.model.mamba.moe_projections = ("mamba", "mamba_moe"), ("out", "conv")
+    rules.validate(config)
+    assert config.model.mamba.moe_projections == ("conv", "out")
+    assert config.model.has_experts

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from moejax import config as config_lib
-from moejax.layers import attention, head, mamba, mlp, moe, router
+from moejax.layers import attention, head, mamba, mamba_moe, mlp, moe, router
 from moejax.models import lm
 
 COMPONENTS = ("embedding", "head", "norm", "mamba", "attention", "mlp", "router", "experts", "shared experts")
@@ -56,7 +56,7 @@ def _component(model: nnx.Module, path: tuple[Any, ...]) -> str:
             node = node[entry.idx]
     name = path[-1].name
     match node:
-        case mamba.Mamba():
+        case mamba.Mamba() | mamba_moe.MambaMoe():
             return "mamba"
         case attention.Attention():
             return "attention"

@@ -12,15 +12,15 @@ from flax import nnx
 from jax import Array
 
 from moejax import config as config_lib
-from moejax.layers import attention, mamba, mlp, moe, norm
+from moejax.layers import attention, mamba, mamba_moe, mlp, moe, norm
 
 
 class Block(nnx.Module):
     """x + sum of branch(norm(x)), pre-norm. The residual stream is float32.
 
-    sublayer: a branch ("mamba", "attention", "mlp", "moe") or several ("mamba|moe", MoE-Mamba's parallel form).
+    sublayer: one of config.BRANCHES, or several ("mamba|moe", MoE-Mamba's parallel form).
 
-    __call__(x_BLD) -> (y_BLD, the MoeAux of each MoE branch).
+    __call__(x_BLD) -> (y_BLD, the MoeAux of each MoE: of each "moe", and of each projection with experts).
     """
 
     def __init__(self, sublayer: str, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
@@ -50,6 +50,16 @@ class Block(nnx.Module):
                     y_BLD = branch(normed_BLD, segment_ids_BL=segment_ids_BL, positions_BL=positions_BL)
                 case mlp.Mlp():
                     y_BLD = branch(normed_BLD)
+                case mamba_moe.MambaMoe():
+                    y_BLD, branch_aux = branch(
+                        normed_BLD,
+                        segment_ids_BL=segment_ids_BL,
+                        ids_BL=ids_BL,
+                        labels_BL=labels_BL,
+                        keys_B=fold_in(keys_B, place),
+                        train=train,
+                    )
+                    aux += branch_aux
                 case moe.Moe():
                     valid_BL = None if segment_ids_BL is None else segment_ids_BL > 0
                     y_BLD, branch_aux = branch(
@@ -71,7 +81,7 @@ class Block(nnx.Module):
         caches: list[Any] = []
         for branch in self.branches:
             match branch:
-                case mamba.Mamba():
+                case mamba.Mamba() | mamba_moe.MambaMoe():
                     caches.append(branch.init_cache(batch))
                 case attention.Attention():
                     caches.append(branch.init_cache(batch, max_length))
@@ -89,6 +99,8 @@ class Block(nnx.Module):
             match branch:
                 case mamba.Mamba() | attention.Attention():
                     y_BD, cache = branch.step(normed_BD, cache)
+                case mamba_moe.MambaMoe():
+                    y_BD, cache = branch.step(normed_BD, cache, ids_B=ids_B, labels_B=labels_B)
                 case moe.Moe():
                     y_BD = branch.step(normed_BD, ids_B=ids_B, labels_B=labels_B)
                 case mlp.Mlp():
@@ -107,25 +119,35 @@ def fold_in(keys_B: Array | None, data: int | Array) -> Array | None:
 
 def build_branch(
     kind: str, config: config_lib.ModelConfig, *, rngs: nnx.Rngs
-) -> mamba.Mamba | attention.Attention | mlp.Mlp | moe.Moe:
+) -> mamba.Mamba | mamba_moe.MambaMoe | attention.Attention | mlp.Mlp | moe.Moe:
     """The branch named `kind`, with the settings that the config has for it."""
     dtype, d_model, init_scale = jnp.dtype(config.compute_dtype), config.d_model, config.init_scale
     match kind:
-        case "mamba":
+        case "mamba" | "mamba_moe":
             c = config.mamba
-            return mamba.Mamba(
+            settings: dict[str, Any] = {
+                "expand": c.expand,
+                "d_state": c.d_state,
+                "d_conv": c.d_conv,
+                "dt_rank": c.dt_rank,
+                "dt_min": c.dt_min,
+                "dt_max": c.dt_max,
+                "scan_implementation": None if c.scan == "auto" else c.scan,
+                "chunk_size": c.chunk_size,
+                "out_scale": 1 / math.sqrt(len(config.sublayers)) if config.rescale_out_proj else 1.0,
+                "dtype": dtype,
+                "rngs": rngs,
+            }
+            if kind == "mamba":
+                return mamba.Mamba(d_model, **settings)
+            return mamba_moe.MambaMoe(
                 d_model,
-                expand=c.expand,
-                d_state=c.d_state,
-                d_conv=c.d_conv,
-                dt_rank=c.dt_rank,
-                dt_min=c.dt_min,
-                dt_max=c.dt_max,
-                scan_implementation=None if c.scan == "auto" else c.scan,
-                chunk_size=c.chunk_size,
-                out_scale=1 / math.sqrt(len(config.sublayers)) if config.rescale_out_proj else 1.0,
-                dtype=dtype,
-                rngs=rngs,
+                config.moe,
+                moe_projections=c.moe_projections,
+                vocab_size=config.vocab_size,
+                scheme=config.init,
+                init_scale=init_scale,
+                **settings,
             )
         case "attention":
             c = config.attention

@@ -46,7 +46,7 @@ class Moe(nnx.Module):
     over devices. A dropped choice adds nothing: the token goes on by the residual alone. Shared experts, which every
     token goes through, are one MLP as wide as all of them: the same function, initialised as one layer of that width.
 
-    __call__(x_BLD) -> (y_BLD, MoeAux).
+    __call__(x_BLD) -> (y_BLD, MoeAux); y is d_out wide.
     """
 
     def __init__(
@@ -54,13 +54,15 @@ class Moe(nnx.Module):
         d_model: int,
         config: config_lib.MoeConfig,
         *,
+        d_out: int = 0,
         vocab_size: int = 0,
         scheme: str = "switch",
         init_scale: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        """vocab_size: for the table of router=hash. scheme, init_scale: see `init.weight`."""
+        """d_out: 0 for d_model. vocab_size: for the table of router=hash. scheme, init_scale: see `init.weight`."""
+        d_out = d_out or d_model
         c = self.config = dataclasses.replace(config)  # a copy: it is part of what jit keys its programs by
         self.dtype = dtype
         columns = c.d_expert * experts.hidden_multiple(c.activation)
@@ -72,16 +74,15 @@ class Moe(nnx.Module):
 
         self.router = router.Router(d_model, c, vocab_size=vocab_size, scheme=scheme, init_scale=init_scale, rngs=rngs)
         self.up = nnx.Param(weight(c.num_experts, d_model, columns), axes=("expert", "embed", "ffn"))
-        self.down = nnx.Param(
-            weight(c.num_experts, c.d_expert, d_model, fan_in=fan_in), axes=("expert", "ffn", "embed")
-        )
+        self.down = nnx.Param(weight(c.num_experts, c.d_expert, d_out, fan_in=fan_in), axes=("expert", "ffn", "embed"))
         self.up_bias = nnx.Param(jnp.zeros((c.num_experts, columns)), axes=("expert", "ffn")) if c.bias else None
-        self.down_bias = nnx.Param(jnp.zeros((c.num_experts, d_model)), axes=("expert", "embed")) if c.bias else None
+        self.down_bias = nnx.Param(jnp.zeros((c.num_experts, d_out)), axes=("expert", "embed")) if c.bias else None
         shared = None
         if c.num_shared_experts:
             shared = mlp.Mlp(
                 d_model,
                 d_ff=c.num_shared_experts * c.d_expert,
+                d_out=d_out,
                 activation=c.activation,
                 bias=c.bias,
                 scheme=scheme,
@@ -164,7 +165,7 @@ class Moe(nnx.Module):
         if self.shared is not None:
             y_ND += self.shared(x_ND)
         aux = self._aux(assignment_GT, logits_GTE, tokens.valid_BL, valid_GT, dropped)
-        return y_ND.reshape(x_BLD.shape), aux
+        return y_ND.reshape(*x_BLD.shape[:-1], -1), aux
 
     @property
     def weights(self) -> experts.Weights:
@@ -224,7 +225,7 @@ class Moe(nnx.Module):
         dispatch_GTES, combine_GTES = self.router.mixtures(x_GTD, valid_GT)
         x_EGSD = jnp.einsum("gtes,gtd->egsd", dispatch_GTES.astype(self.dtype), x_GTD.astype(self.dtype))
         y_SD = experts.capacity_ffn(x_EGSD.reshape(-1, x_EGSD.shape[-1]), self.weights, activation=c.activation)
-        y_GTD = jnp.einsum("gtes,egsd->gtd", combine_GTES.astype(self.dtype), y_SD.reshape(x_EGSD.shape))
+        y_GTD = jnp.einsum("gtes,egsd->gtd", combine_GTES.astype(self.dtype), y_SD.reshape(*x_EGSD.shape[:-1], -1))
         share_GTE = combine_GTES.sum(axis=-1)
         every_GTE = jnp.broadcast_to(jnp.arange(c.num_experts), share_GTE.shape)
         assignment_GT = routing.Assignment(expert_TK=every_GTE, gate_TK=share_GTE, prob_TE=share_GTE)

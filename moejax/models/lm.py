@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 
 from moejax import config as config_lib
-from moejax.layers import block, head, init, moe, norm
+from moejax.layers import block, head, init, mamba_moe, moe, norm
 
 
 class Period(nnx.Module):
@@ -167,6 +167,7 @@ def abstract(config: config_lib.ModelConfig) -> Lm:
 def moe_layers(model: Lm) -> Iterator[tuple[moe.Moe, Any]]:
     """Every MoE layer of the model, with its place in the depth order of a stacked MoeAux.
 
+    Those inside a Mamba block come in the order conv, gate, out.
     The layers of the periods are stacked: there the parameters have a leading dim, and the place is a slice over it.
     """
     depth = 0
@@ -175,13 +176,22 @@ def moe_layers(model: Lm) -> Iterator[tuple[moe.Moe, Any]]:
         (model.periods and model.periods.blocks, model.num_periods),
         (model.suffix, 0),
     ):
-        layers = [branch for layer in blocks or () for branch in layer.branches if isinstance(branch, moe.Moe)]
+        layers = [inner for layer in blocks or () for branch in layer.branches for inner in _moes(branch)]
         for number, layer in enumerate(layers):
             yield (
                 layer,
                 slice(depth + number, depth + repeats * len(layers), len(layers)) if repeats else depth + number,
             )
         depth += len(layers) * (repeats or 1)
+
+
+def _moes(branch: nnx.Module) -> list[moe.Moe]:
+    match branch:
+        case moe.Moe():
+            return [branch]
+        case mamba_moe.MambaMoe():
+            return branch.moes
+    return []
 
 
 def _run(

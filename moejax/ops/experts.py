@@ -44,7 +44,7 @@ def hidden_multiple(activation: str) -> int:
 def capacity_ffn(
     x_SD: Array, weights: Weights, *, activation: str, drop: Callable[[Array], Array] | None = None
 ) -> Array:
-    """y_SD: each expert on the same number of slots, S = E * C, expert by expert.
+    """y_SD, as wide as down_EFD: each expert on the same number of slots, S = E * C, expert by expert.
 
     drop: applied to the hidden units, hidden_SF -> hidden_SF; None for none.
     """
@@ -59,7 +59,7 @@ def capacity_ffn(
     y_ECD = jnp.einsum("ecf,efd->ecd", hidden_ECF, weights.down_EFD.astype(x_SD.dtype))
     if weights.down_bias_ED is not None:
         y_ECD += weights.down_bias_ED[:, None].astype(x_SD.dtype)
-    return y_ECD.reshape(x_SD.shape)
+    return y_ECD.reshape(x_SD.shape[0], -1)
 
 
 def dropless_ffn(
@@ -106,5 +106,5 @@ def weighted_ffn(
         out_ND = capacity_ffn(x_ND, jax.tree.map(lambda leaf: leaf[None], one), activation=activation, drop=drop)
         return y_ND + gate_N[:, None] * out_ND, None
 
-    zeros_ND = jnp.zeros(x_ND.shape, jnp.float32)
+    zeros_ND = jnp.zeros((x_ND.shape[0], weights.down_EFD.shape[-1]), jnp.float32)
     return jax.lax.scan(add, zeros_ND, (gate_NE.T, weights))[0].astype(x_ND.dtype)

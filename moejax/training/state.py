@@ -157,13 +157,13 @@ def make_train_step(
 def _rows_of_groups(config: config_lib.Config) -> int:
     """The least number of rows that hold whole routing groups."""
     length = config.data.seq_length
-    return math.lcm(config.model.moe.group_size or length, length) // length if config.model.uses("moe") else 1
+    return math.lcm(config.model.moe.group_size or length, length) // length if config.model.has_experts else 1
 
 
 def _has_noise(model: config_lib.ModelConfig) -> bool:
     moe_config = model.moe
     noisy = {"switch": moe_config.jitter > 0, "gshard": moe_config.second_threshold > 0, "noisy_top_k": True}
-    return model.uses("moe") and (noisy.get(moe_config.router, False) or moe_config.expert_dropout > 0)
+    return model.has_experts and (noisy.get(moe_config.router, False) or moe_config.expert_dropout > 0)
 
 
 def _update_routers(model: lm.Lm, moe_aux: moe.MoeAux, num_valid: Array, moe_config: config_lib.MoeConfig) -> None:
@@ -188,7 +188,7 @@ def _update_routers(model: lm.Lm, moe_aux: moe.MoeAux, num_valid: Array, moe_con
 
 
 def routing_metrics(moe_aux: moe.MoeAux, num_valid: Array) -> dict[str, Array]:
-    """Statistics of a step, a row a MoE layer, but for the losses, which are means over layers, without their weights.
+    """Statistics of a step, a row a MoE layer (of `lm.moe_layers`), but for the losses: means over layers, unweighted.
 
     {name}_loss for each auxiliary loss of the router (relu_loss with its coefficient). load: shares of the experts in
     the choices. max_load: the largest load over the mean. unused_experts: share of the experts without a token.

@@ -23,7 +23,7 @@ def read(config: config_lib.Config) -> np.ndarray | None:
       ConfigError: there is no such file, or it does not hold an expert for every token id.
     """
     c = config.model.moe
-    if not (config.model.uses("moe") and c.router == "hash" and c.hash_table.endswith(".npy")):
+    if not (config.model.has_experts and c.router == "hash" and c.hash_table.endswith(".npy")):
         return None
     path = pathlib.Path(c.hash_table).expanduser()
     if not path.is_file():
@@ -51,7 +51,7 @@ def read(config: config_lib.Config) -> np.ndarray | None:
 def balanced(config: config_lib.Config, data: pipeline.Data) -> np.ndarray | None:
     """table_V of model.moe.hash_table=balanced: experts share the tokens of the first training batches evenly."""
     c = config.model.moe
-    if not (config.model.uses("moe") and c.router == "hash" and c.hash_table == "balanced"):
+    if not (config.model.has_experts and c.router == "hash" and c.hash_table == "balanced"):
         return None
     frequency_V = np.ones(config.model.vocab_size, np.int64)  # 1: ids that are never seen are spread, too
     batches = pipeline.TrainBatches(data, config.data)

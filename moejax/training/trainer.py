@@ -210,7 +210,7 @@ class RowLog:
 
 def notes(config: config_lib.Config, data: pipeline.Data) -> list[str]:
     """What a user should know of the router before the run, a line each."""
-    if not config.model.uses("moe"):
+    if not config.model.has_experts:
         return []
     c, found = config.model.moe, []
     routed = config_lib.ROUTERS[c.router]

@@ -242,6 +242,7 @@ def test_a_tensor_that_does_not_fit_is_named_in_one_line(hf, change, message):
     [
         ({"period": ("mamba", "mlp")}, "the model has periods.blocks.1.branches.0"),
         ({"period": ("attention",)}, "the model lacks periods.blocks.0.branches.0.A_log"),
+        ({"period": ("mamba_moe",)}, "the model has periods.blocks.0.branches.0.conv_proj"),
         ({"prefix": ("mamba",)}, "the model has prefix.0"),
         ({"norm": "layernorm"}, "the model has norm.bias"),
         ({"final_norm": False}, "the model lacks norm.scale"),

@@ -98,5 +98,6 @@ def test_out_proj_is_rescaled_by_the_number_of_residual_branches():
 
 
 def test_an_unknown_branch_is_an_error_that_names_the_known_ones():
-    with pytest.raises(ValueError, match="sublayer=rnn is not known; choose one of mamba, attention, mlp, moe"):
+    known = "mamba, mamba_moe, attention, mlp, moe"
+    with pytest.raises(ValueError, match=f"sublayer=rnn is not known; choose one of {known}"):
         make("rnn")
