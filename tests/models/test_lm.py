@@ -14,12 +14,13 @@ from moejax import config as config_lib
 from moejax.models import lm
 
 VOCAB, D_MODEL = 11, 8
-MIXED = {"prefix": ("attention",), "period": ("mamba|moe",), "num_periods": 2, "suffix": ("mlp",)}
+MIXED = {"prefix": ("attention",), "period": ("mamba|moe",), "num_periods": 2, "suffix": ("mlp", "mamba2")}
 
 
 def settings(**changes):
     config = config_lib.ModelConfig(vocab_size=VOCAB, d_model=D_MODEL, num_periods=1)
     config.mamba.d_state, config.mamba.chunk_size, config.attention.num_heads = 2, 3, 2
+    config.mamba2 = config_lib.Mamba2Config(d_state=2, d_head=4, num_groups=2, chunk_size=3)
     config.mlp.d_ff = 8
     config.moe = config_lib.MoeConfig(num_experts=3, d_expert=8, activation="gelu", top_k=2)
     config.moe.capacity_factor = config.moe.eval_capacity_factor = 0
@@ -45,7 +46,7 @@ def unstack(model):
     return [*model.prefix, *(layer for period in periods for layer in period.blocks), *model.suffix]
 
 
-@pytest.mark.parametrize("pattern", [{"period": ("mamba", "moe")}, MIXED], ids=["mamba, moe", "mixed"])
+@pytest.mark.parametrize("pattern", [{"period": ("mamba", "moe")}, {"period": ("mamba2", "moe")}, MIXED])
 def test_a_packed_row_gives_each_document_what_it_gets_alone(pattern, fill):
     """Logits and gradients of three documents in one row, in each of three orders, against one document a row.
 
