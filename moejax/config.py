@@ -93,7 +93,7 @@ class Mamba2Config:
     A_min: float = 1.0  # -A at initialisation is uniform in [A_min, A_max]
     A_max: float = 16.0
     scan: str = "auto"  # auto, chunked, quadratic, reference
-    chunk_size: int = 64  # tokens a matrix product; the state is carried between chunks. Good on CPU; GPUs take 256
+    chunk_size: int = 64  # tokens of a matrix product; the state is carried between chunks
 
 
 @_config

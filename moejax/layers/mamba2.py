@@ -27,7 +27,7 @@ class Mamba2Cache(NamedTuple):
 
 
 class Mamba2(nnx.Module):
-    """The block of Mamba-2 (arXiv 2405.21060, section 7.1), as in state-spaces/mamba's mamba2.
+    """The block of Mamba-2 (arXiv 2405.21060, section 7), as in state-spaces/mamba's mamba2.
 
     [z, x, B, C, dt] = in_proj(u); [x, B, C] = silu(conv([x, B, C])); dt = softplus(dt + dt_bias);
     y = ssd(x, dt, -exp(A_log), B, C, D); out_proj(rms_norm(y * silu(z)) * norm_scale), the norm within each group.

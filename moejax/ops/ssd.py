@@ -1,7 +1,7 @@
 """Structured state space duality, the scan of Mamba-2 (arXiv 2405.21060, sections 5 to 7).
 
 B batch, L sequence, H heads, P channels a head, N states, G groups of heads that share B and C, J heads a group;
-c, s positions of a chunk.
+c, s positions of a chunk, k chunks.
 
     h[t] = exp(dt[t] A) h[t-1] + dt[t] x[t] B[t]^T      (a P x N matrix a head, and one decay for all of it)
     y[t] = h[t] C[t] + D x[t]
@@ -15,8 +15,6 @@ import jax.numpy as jnp
 from jax import Array
 
 DEFAULT_CHUNK_SIZE = 64  # measured on CPU; scripts/bench_ssd.py
-
-_LEAST_LOG = -104.0  # exp is 0 in float32 from here on, and so is its gradient
 
 
 def ssd(
@@ -50,7 +48,7 @@ def ssd(
       initial_state_BHPN: state before the first position; None for zeros.
       chunk_size: tokens a chunk of the chunked implementation; L need not be a multiple of it.
       implementation: "chunked" (matrix products within chunks, the state carried between them), "quadratic" (one
-        matrix product over the whole sequence, as attention), "reference" (a sequential `lax.scan`), or None for the
+        matrix product over the whole sequence, as attention: the dual form), "reference" (a sequential `lax.scan`), or None for the
         fastest supported one.
 
     Returns:
@@ -144,7 +142,7 @@ def _shift(document_BL):
 
 
 def _quadratic(v_BLGJP, log_decay_BLGJ, B_BLGN, C_BLGN, document_BL, state_BGJPN, *, chunk_size):
-    """y = (decay o C B^T) v over the whole sequence (eq. 16), where decay[t, s] = exp(sum of log_decay over s+1..t)."""
+    """y = (decay o C B^T) v over the whole sequence, where decay[t, s] = exp(sum of log_decay over s+1..t)."""
     del chunk_size
     length = v_BLGJP.shape[1]
     log_BGJL = jnp.moveaxis(log_decay_BLGJ, 1, -1)
@@ -162,68 +160,60 @@ def _quadratic(v_BLGJP, log_decay_BLGJ, B_BLGN, C_BLGN, document_BL, state_BGJPN
     return y_BLGJP, end_BGJPN + start_BGJL[..., -1, None, None] * state_BGJPN
 
 
-def _chunked(v_BLGJP, log_decay_BLGJ, B_BLGN, C_BLGN, document_BL, state_BGJPN, *, chunk_size):
-    length = v_BLGJP.shape[1]
-    chunk_size = min(chunk_size, length)
-    num_chunks = -(-length // chunk_size)
+def _segment_sum(log_Xc):
+    """[c, s]: the sum of log_X over s+1..c, which is 0 on and above the diagonal.
 
-    def chunked(x_BLX, mode="constant"):
-        """(B, L, ...) -> (chunks, B, c, ...). Zeros fill the last chunk: no input, and decay 1."""
-        rest = ((0, 0),) * (x_BLX.ndim - 2)
-        x_BLX = jnp.pad(x_BLX, ((0, 0), (0, num_chunks * chunk_size - length), *rest), mode=mode)
-        return jnp.moveaxis(x_BLX.reshape(x_BLX.shape[0], num_chunks, chunk_size, *x_BLX.shape[2:]), 1, 0)
-
-    inputs = [chunked(x) for x in (v_BLGJP, log_decay_BLGJ, B_BLGN, C_BLGN)]
-    documents = (chunked(document_BL, "edge"), chunked(_shift(document_BL))[:, :, 0])
-    # checkpoint: autodiff would keep the c x c blocks of every chunk, and then keeps the state before each
-    scan_chunk = jax.checkpoint(_chunk, prevent_cse=False)
-    state_BGJPN, y_BcGJP = jax.lax.scan(scan_chunk, state_BGJPN, (*inputs, *documents))
-    y_BLGJP = jnp.moveaxis(y_BcGJP, 0, 1).reshape(v_BLGJP.shape[0], num_chunks * chunk_size, *v_BLGJP.shape[2:])
-    return y_BLGJP[:, :length], state_BGJPN
+    Each from its own terms, by a matrix product. As differences of cumulative sums they would have lost their digits
+    after a few large steps (dt A is -800 at dt = 50, A = -16), and gradients that should cancel would leave their
+    rounding. It is a small share of the work as long as c is about the width of a head.
+    """
+    length = log_Xc.shape[-1]
+    terms_Xcs = jnp.where(jnp.tri(length, k=-1, dtype=bool), log_Xc[..., None], 0)
+    upto_cc = jnp.tri(length, dtype=log_Xc.dtype)
+    return jnp.einsum("cu,...us->...cs", upto_cc, terms_Xcs, precision=jax.lax.Precision.HIGHEST)
 
 
 def _chunk(state_BGJPN, inputs):
-    """The quadratic form inside a chunk, and the state before it: (state after the chunk, y_BcGJP)."""
-    v_BsGJP, log_decay_BsGJ, B_BsGN, C_BcGN, document_Bs, before_B = inputs
-    log_decay_BGJc = jnp.maximum(jnp.moveaxis(log_decay_BsGJ, 1, -1), _LEAST_LOG)
-    total_BGJc, rest_BGJc = _cumulative_sum(log_decay_BGJc)
-    log_BGJcs = (total_BGJc[..., None] - total_BGJc[..., None, :]) + (rest_BGJc[..., None] - rest_BGJc[..., None, :])
-    # only below the diagonal: on it, gradients that cancel would leave their rounding; above it exp would overflow
-    log_BGJcs = jnp.where(jnp.tri(document_Bs.shape[1], k=-1, dtype=bool), log_BGJcs, 0)
-    same_Bcs = (document_Bs[:, :, None] == document_Bs[:, None]) & jnp.tri(document_Bs.shape[1], dtype=bool)
-    decay_BGJcs = jnp.where(same_Bcs[:, None, None], jnp.exp(log_BGJcs), 0)
-    start_BGJc = jnp.where((document_Bs == before_B[:, None])[:, None, None], jnp.exp(total_BGJc + rest_BGJc), 0)
-    score_BGcs = jnp.einsum("bcgn,bsgn->bgcs", C_BcGN, B_BsGN)
-    y_BcGJP = jnp.einsum("bgjcs,bsgjp->bcgjp", score_BGcs[:, :, None] * decay_BGJcs, v_BsGJP)
-    y_BcGJP += jnp.einsum("bcgn,bgjpn->bcgjp", C_BcGN, state_BGJPN) * jnp.moveaxis(start_BGJc, -1, 1)[..., None]
-    decayed_BsGJP = v_BsGJP * jnp.moveaxis(decay_BGJcs[..., -1, :], -1, 1)[..., None]
-    end_BGJPN = jnp.einsum("bsgjp,bsgn->bgjpn", decayed_BsGJP, B_BsGN)
-    return end_BGJPN + start_BGJc[..., -1, None, None] * state_BGJPN, y_BcGJP
+    """The quadratic form inside a chunk, and what the state before it adds: (state after it, y_BGJcP).
+
+    before_B is the document of the state before.
+    """
+    v_BGJcP, log_decay_BGJc, B_BGcN, C_BGcN, document_Bc, before_B = inputs
+    same_Bcs = (document_Bc[:, :, None] == document_Bc[:, None]) & jnp.tri(document_Bc.shape[1], dtype=bool)
+    decay_BGJcs = jnp.where(same_Bcs[:, None, None], jnp.exp(_segment_sum(log_decay_BGJc)), 0)
+    goes_on_Bc = document_Bc == before_B[:, None]
+    start_BGJc = jnp.where(goes_on_Bc[:, None, None], jnp.exp(jnp.cumsum(log_decay_BGJc, axis=-1)), 0)
+    score_BGcs = jnp.einsum("bgcn,bgsn->bgcs", C_BGcN, B_BGcN)
+    y_BGJcP = jnp.einsum("bgjcs,bgjsp->bgjcp", decay_BGJcs * score_BGcs[:, :, None], v_BGJcP)
+    y_BGJcP += start_BGJc[..., None] * jnp.einsum("bgcn,bgjpn->bgjcp", C_BGcN, state_BGJPN)
+    end_BGJPN = jnp.einsum("bgjsp,bgsn->bgjpn", decay_BGJcs[..., -1, :, None] * v_BGJcP, B_BGcN)
+    return end_BGJPN + start_BGJc[..., -1, None, None] * state_BGJPN, y_BGJcP
 
 
-# The decay between two positions is the exponential of a difference of cumulative sums. After a few large steps (dt A
-# is -800 at dt = 50, A = -16) float32 sums would have lost the digits of the small ones that follow, so a sum is kept
-# as two numbers, the second being what rounding took from the first.
+def _chunked(v_BLGJP, log_decay_BLGJ, B_BLGN, C_BLGN, document_BL, state_BGJPN, *, chunk_size):
+    batch, length = document_BL.shape
+    chunk_size = min(chunk_size, length)
+    num_chunks = -(-length // chunk_size)
 
+    def chunked(x_BLX, axis, mode="constant"):
+        """(B, L, ...) -> (chunks, B, ..., c at `axis` of a chunk, ...). Zeros fill the last: no input, and decay 1."""
+        rest = ((0, 0),) * (x_BLX.ndim - 2)
+        x_BLX = jnp.pad(x_BLX, ((0, 0), (0, num_chunks * chunk_size - length), *rest), mode=mode)
+        x_BkcX = x_BLX.reshape(batch, num_chunks, chunk_size, *x_BLX.shape[2:])
+        return jnp.moveaxis(x_BkcX, (1, 2), (0, axis + 1))
 
-def _add_exactly(first, second):
-    """Sums of (total, rest) pairs; Knuth's two-sum, The Art of Computer Programming, section 4.2.2."""
-    (a, a_rest), (b, b_rest) = first, second
-    total = a + b
-    rounded = total - a
-    return total, a_rest + b_rest + ((a - (total - rounded)) + (b - rounded))
-
-
-@jax.custom_jvp
-def _cumulative_sum(x_Xc):
-    """Sums over the last dim up to each position, as (total, rest)."""
-    return tuple(jax.lax.associative_scan(_add_exactly, (x_Xc, jnp.zeros_like(x_Xc)), axis=-1))
-
-
-@_cumulative_sum.defjvp
-def _cumulative_sum_jvp(primals, tangents):
-    total_Xc, rest_Xc = _cumulative_sum(*primals)
-    return (total_Xc, rest_Xc), (jnp.cumsum(tangents[0], axis=-1), jnp.zeros_like(rest_Xc))
+    chunks = (
+        chunked(v_BLGJP, 3),
+        chunked(log_decay_BLGJ, 3),
+        chunked(B_BLGN, 2),
+        chunked(C_BLGN, 2),
+        chunked(document_BL, 1, "edge"),
+        chunked(_shift(document_BL), 1)[:, :, 0],
+    )
+    # checkpoint: autodiff would keep the c x c blocks of every chunk; now it keeps the state before each
+    state_BGJPN, y_kBGJcP = jax.lax.scan(jax.checkpoint(_chunk, prevent_cse=False), state_BGJPN, chunks)
+    y_BkcGJP = jnp.moveaxis(y_kBGJcP, (0, 4), (1, 2))
+    return y_BkcGJP.reshape(batch, -1, *v_BLGJP.shape[2:])[:, :length], state_BGJPN
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {

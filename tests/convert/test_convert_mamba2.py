@@ -178,7 +178,7 @@ def test_tensors_that_do_not_fit_are_named():
     [
         (
             {"period": ("mamba",)},
-            "lacks periods.blocks.0.branches.0.norm_scale, unlike Mamba2ForCausalLM; set model.pe",
+            "the model has periods.blocks.0.branches.0.dt_proj, unlike Mamba2ForCausalLM; set model.period=",
         ),
         ({"period": ("mamba2", "mlp")}, "the model has periods.blocks.1.branches.0"),
         (
