@@ -47,9 +47,9 @@ def ssd(
         document. The first position of the row continues from the initial state. None for one document a row.
       initial_state_BHPN: state before the first position; None for zeros.
       chunk_size: tokens a chunk of the chunked implementation; L need not be a multiple of it.
-      implementation: "chunked" (matrix products within chunks, the state carried between them), "quadratic" (one
-        matrix product over the whole sequence, as attention: the dual form), "reference" (a sequential `lax.scan`), or None for the
-        fastest supported one.
+      implementation: "chunked" (matrix products within chunks, the state carried between them), "quadratic" (the
+        dual form: one matrix over the whole sequence, as in attention), "reference" (a sequential `lax.scan`), or None
+        for the fastest supported one.
 
     Returns:
       (y_BLHP in the dtype of x, the state after the last position state_BHPN in float32).

@@ -14,7 +14,7 @@ from moejax import config as config_lib
 from moejax.models import lm
 
 VOCAB, D_MODEL = 11, 8
-MIXED = {"prefix": ("attention",), "period": ("mamba|moe",), "num_periods": 2, "suffix": ("mlp", "mamba2")}
+MIXED = {"prefix": ("attention",), "period": ("mamba|moe", "mamba2"), "num_periods": 2, "suffix": ("mlp",)}
 
 
 def settings(**changes):
@@ -46,7 +46,7 @@ def unstack(model):
     return [*model.prefix, *(layer for period in periods for layer in period.blocks), *model.suffix]
 
 
-@pytest.mark.parametrize("pattern", [{"period": ("mamba", "moe")}, {"period": ("mamba2", "moe")}, MIXED])
+@pytest.mark.parametrize("pattern", [{"period": ("mamba", "moe")}, MIXED], ids=["mamba, moe", "mixed"])
 def test_a_packed_row_gives_each_document_what_it_gets_alone(pattern, fill):
     """Logits and gradients of three documents in one row, in each of three orders, against one document a row.
 
