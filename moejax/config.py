@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-BRANCHES = ("mamba", "mamba_moe", "attention", "mlp", "moe")
+BRANCHES = ("mamba", "mamba2", "mamba_moe", "attention", "mlp", "moe")
 MAMBA_PROJECTIONS = ("conv", "gate", "out")
 NUM_BYTES = 256  # the byte tokenizer has these and one end-of-text token
 GPT2_VOCAB_SIZE = 50_257
@@ -81,6 +81,23 @@ class MambaConfig:
     # Of "mamba_moe" sublayers: which of their projections are experts, with the settings of model.moe (MoE-Mamba's
     # Table 3): some of conv (to what is convolved and scanned), gate (to what gates it) and out. A "mamba" has none.
     moe_projections: tuple[str, ...] = ()
+
+
+@_config
+class Mamba2Config:
+    """Mamba-2 (arXiv 2405.21060); the defaults are those of state-spaces/mamba."""
+
+    expand: float = 2.0  # inner width I = int(expand * d_model)
+    d_state: int = 128  # N, states a channel
+    d_head: int = 64  # P, channels a head; must divide I. A head has one decay
+    num_groups: int = 1  # G, groups of heads that share B and C; must divide the I / P heads
+    d_conv: int = 4  # W, taps of the causal convolution
+    dt_min: float = 0.001  # dt at initialisation is log-uniform in [dt_min, dt_max]
+    dt_max: float = 0.1
+    A_min: float = 1.0  # -A at initialisation is uniform in [A_min, A_max]
+    A_max: float = 16.0
+    scan: str = "auto"  # auto, chunked, quadratic, reference
+    chunk_size: int = 64  # tokens of a matrix product; the state is carried between chunks
 
 
 @_config
@@ -191,6 +208,7 @@ class ModelConfig:
     remat: str = "none"  # none, period: recompute a period's activations in the backward pass
     compute_dtype: str = "float32"  # float32, bfloat16; router, norms, dt, A and the scan stay float32
     mamba: MambaConfig = dataclasses.field(default_factory=MambaConfig)
+    mamba2: Mamba2Config = dataclasses.field(default_factory=Mamba2Config)
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
     mlp: MlpConfig = dataclasses.field(default_factory=MlpConfig)
     moe: MoeConfig = dataclasses.field(default_factory=MoeConfig)

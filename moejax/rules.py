@@ -68,17 +68,9 @@ def _validate_model(model: config_lib.ModelConfig) -> None:
     _one_of("model.compute_dtype", model.compute_dtype, ("float32", "bfloat16"))
     _positive(config, "model.norm_eps", "model.init_scale", "model.embedding_std")
     if model.uses("mamba") or model.uses("mamba_moe"):
-        mamba = model.mamba
-        _at_least(config, 1, "model.mamba.d_state", "model.mamba.d_conv")
-        _at_least(config, 0, "model.mamba.chunk_size")
-        _at_least(config, 0, "model.mamba.dt_rank")
-        inner = int(mamba.expand * model.d_model)
-        _require(inner >= 1, f"model.mamba.expand={mamba.expand} leaves no inner channel; raise it")
-        _require(
-            1e-4 <= mamba.dt_min <= mamba.dt_max,  # 1e-4 is the floor of Mamba's reference code
-            f"model.mamba.dt_min={mamba.dt_min} must lie between 0.0001 and dt_max={mamba.dt_max}; change it",
-        )
-        _one_of("model.mamba.scan", mamba.scan, ("auto", "associative", "unrolled", "reference"))
+        _validate_mamba("mamba", config)
+    if model.uses("mamba2"):
+        _validate_mamba("mamba2", config)
     if model.uses("attention"):
         heads = model.attention.num_heads
         _at_least(config, 1, "model.attention.num_heads")
@@ -117,6 +109,37 @@ def _validate_projections(model: config_lib.ModelConfig) -> None:
         "or set it to ()",
     )
     model.mamba.moe_projections = tuple(name for name in known if name in given)
+
+
+def _validate_mamba(kind: str, config: config_lib.Config) -> None:
+    mamba, path = _get(config, f"model.{kind}"), f"model.{kind}"
+    _at_least(config, 1, f"{path}.d_state", f"{path}.d_conv")
+    _at_least(config, 0 if kind == "mamba" else 1, f"{path}.chunk_size")
+    inner = int(mamba.expand * config.model.d_model)
+    _require(inner >= 1, f"{path}.expand={mamba.expand} leaves no inner channel; raise it")
+    _require(
+        1e-4 <= mamba.dt_min <= mamba.dt_max,  # 1e-4 is the floor of Mamba's reference code
+        f"{path}.dt_min={mamba.dt_min} must lie between 0.0001 and dt_max={mamba.dt_max}; change it",
+    )
+    if kind == "mamba":
+        _at_least(config, 0, "model.mamba.dt_rank")
+        _one_of("model.mamba.scan", mamba.scan, ("auto", "associative", "unrolled", "reference"))
+        return
+    _one_of("model.mamba2.scan", mamba.scan, ("auto", "chunked", "quadratic", "reference"))
+    _require(
+        0 < mamba.A_min <= mamba.A_max < math.inf,
+        f"model.mamba2.A_min={mamba.A_min} must be positive and at most A_max={mamba.A_max}, both finite; change it",
+    )
+    for field, whole, what in (
+        ("d_head", inner, f"inner width of {inner} (expand * d_model)"),
+        ("num_groups", inner // max(1, mamba.d_head), "{} heads (inner width over d_head)"),
+    ):
+        size, fitting = getattr(mamba, field), [n for n in range(1, whole + 1) if whole % n == 0]
+        _require(
+            size in fitting,
+            f"model.mamba2.{field}={size} does not divide the {what.format(whole)}; "
+            f"set it to one of {', '.join(map(str, fitting))}",
+        )
 
 
 # Settings of model.moe that only some routers read.

@@ -82,6 +82,35 @@ def test_what_cannot_be_is_refused_in_one_line_that_names_the_field(path, value)
     assert ";" in message  # a remedy follows the rule
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("d_state", 0, "model.mamba2.d_state=0 must be 1 or more, and finite; change it"),
+        ("d_conv", 0, "model.mamba2.d_conv=0 must be 1 or more, and finite; change it"),
+        ("chunk_size", 0, "model.mamba2.chunk_size=0 must be 1 or more, and finite; change it"),
+        ("expand", 0.0, "model.mamba2.expand=0.0 leaves no inner channel; raise it"),
+        ("dt_min", 1.0, "model.mamba2.dt_min=1.0 must lie between 0.0001 and dt_max=0.1; change it"),
+        ("A_min", 0.0, "model.mamba2.A_min=0.0 must be positive and at most A_max=16.0, both finite; change it"),
+        ("A_max", 0.5, "model.mamba2.A_min=1.0 must be positive and at most A_max=0.5, both finite; change it"),
+        ("scan", "associative", "model.mamba2.scan=associative is not known; choose one of auto, chunked, quadratic, "
+         "reference"),
+        ("d_head", 48, "model.mamba2.d_head=48 does not divide the inner width of 128 (expand * d_model); set it to "
+         "one of 1, 2, 4, 8, 16, 32, 64, 128"),
+        ("num_groups", 3, "model.mamba2.num_groups=3 does not divide the 2 heads (inner width over d_head); set it to "
+         "one of 1, 2"),
+    ],
+)  # fmt: skip
+def test_mamba2_that_cannot_be_is_refused(field, value, message):
+    config = config_lib.Config()
+    config.model.d_model = 64
+    setattr(config.model.mamba2, field, value)
+    rules.validate(config)  # no such branch in the model
+    config.model.period = ("mamba2",)
+    with pytest.raises(config_lib.ConfigError) as error:
+        rules.validate(config)
+    assert str(error.value) == message
+
+
 def test_settings_of_a_branch_that_the_model_does_not_have_do_not_matter():
     config = config_lib.Config()
     config.model.attention.num_heads = 7  # does not divide 256

@@ -111,10 +111,11 @@ def test_every_device_gets_the_same_rows_and_whole_routing_groups():
 # --- parameters ----------------------------------------------------------------------------------------------------
 
 
-def make_model(num_experts=4, prefix=("attention", "mlp")):
+def make_model(num_experts=4, prefix=("attention", "mlp", "mamba2")):
     config = config_lib.ModelConfig(vocab_size=12, d_model=8, period=("mamba", "moe"), num_periods=2, prefix=prefix)
     config.norm, config.tie_embeddings = "layernorm", False
     config.attention.num_heads, config.mamba.d_state, config.mamba.chunk_size = 2, 2, 4
+    config.mamba2 = config_lib.Mamba2Config(d_state=2, d_head=4, chunk_size=4)
     config.mlp = config_lib.MlpConfig(d_ff=8, bias=True)
     config.moe = config_lib.MoeConfig(num_experts=num_experts, d_expert=8, top_k=2, capacity_factor=0.75)
     return lm.Lm(config, rngs=nnx.Rngs(params=0))
@@ -125,7 +126,7 @@ def test_parameters_are_split_by_their_logical_axes_and_not_over_periods():
     places = partition.tree_shardings({"model": model, "step": jnp.zeros(())}, mesh)
     assert places["step"].spec == PartitionSpec()
     spec = lambda parameter: tuple(jax.tree.leaves(parameter)[0].spec)  # noqa: E731
-    attention, mlp = (layer.branches[0] for layer in places["model"].prefix)
+    attention, mlp, mamba2 = (layer.branches[0] for layer in places["model"].prefix)
     mamba, moe = (layer.branches[0] for layer in places["model"].periods.blocks)
     expected = [
         (places["model"].embedding, "tensor", "fsdp"),
@@ -143,6 +144,12 @@ def test_parameters_are_split_by_their_logical_axes_and_not_over_periods():
         (mamba.A_log, None, "tensor", None),
         (mamba.D, None, "tensor"),
         (mamba.out_proj, None, "tensor", "fsdp"),
+        (mamba2.in_proj, "fsdp", "tensor"),
+        (mamba2.conv_kernel, None, "tensor"),
+        (mamba2.A_log, "tensor"),
+        (mamba2.dt_bias, "tensor"),
+        (mamba2.norm_scale, "tensor"),
+        (mamba2.out_proj, "tensor", "fsdp"),
         (moe.router.weight, None, "fsdp", None),
         (moe.up, None, "expert", "fsdp", "tensor"),
         (moe.down, None, "expert", "tensor", "fsdp"),

@@ -7,10 +7,10 @@ import jax
 from flax import nnx
 
 from moejax import config as config_lib
-from moejax.layers import attention, head, mamba, mamba_moe, mlp, moe, router
+from moejax.layers import attention, head, mamba, mamba2, mamba_moe, mlp, moe, router
 from moejax.models import lm
 
-COMPONENTS = ("embedding", "head", "norm", "mamba", "attention", "mlp", "router", "experts", "shared experts")
+COMPONENTS = ("embedding", "head", "norm", "mamba", "mamba2", "attention", "mlp", "router", "experts", "shared experts")
 
 
 def count(config: config_lib.ModelConfig) -> dict[str, Any]:
@@ -58,6 +58,8 @@ def _component(model: nnx.Module, path: tuple[Any, ...]) -> str:
     match node:
         case mamba.Mamba() | mamba_moe.MambaMoe():
             return "mamba"
+        case mamba2.Mamba2():
+            return "mamba2"
         case attention.Attention():
             return "attention"
         case mlp.Mlp():

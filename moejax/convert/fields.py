@@ -1,5 +1,6 @@
 """Reading the fields of a transformers config, given as a dict."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,3 +20,11 @@ def size(hf: Mapping[str, Any], name: str) -> int:
     if type(value) is not int or value < 1:
         raise config_lib.ConfigError(f"{name}={value!r} must be an integer of 1 or more; change it")
     return value
+
+
+def positive(hf: Mapping[str, Any], name: str) -> float:
+    """The value of a field that must be a positive number; raises ConfigError otherwise."""
+    value = field(hf, name)
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise config_lib.ConfigError(f"{name}={value!r} must be a positive number; change it")
+    return float(value)

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 
 from moejax import config as config_lib
-from moejax.layers import attention, mamba, mamba_moe, mlp, moe, norm
+from moejax.layers import attention, mamba, mamba2, mamba_moe, mlp, moe, norm
 
 
 class Block(nnx.Module):
@@ -44,7 +44,7 @@ class Block(nnx.Module):
         aux: list[moe.MoeAux] = []
         for place, branch in enumerate(self.branches):
             match branch:
-                case mamba.Mamba():
+                case mamba.Mamba() | mamba2.Mamba2():
                     y_BLD = branch(normed_BLD, segment_ids_BL=segment_ids_BL)
                 case attention.Attention():
                     y_BLD = branch(normed_BLD, segment_ids_BL=segment_ids_BL, positions_BL=positions_BL)
@@ -81,7 +81,7 @@ class Block(nnx.Module):
         caches: list[Any] = []
         for branch in self.branches:
             match branch:
-                case mamba.Mamba() | mamba_moe.MambaMoe():
+                case mamba.Mamba() | mamba2.Mamba2() | mamba_moe.MambaMoe():
                     caches.append(branch.init_cache(batch))
                 case attention.Attention():
                     caches.append(branch.init_cache(batch, max_length))
@@ -97,7 +97,7 @@ class Block(nnx.Module):
         new_caches: list[Any] = []
         for branch, cache in zip(self.branches, caches, strict=True):
             match branch:
-                case mamba.Mamba() | attention.Attention():
+                case mamba.Mamba() | mamba2.Mamba2() | attention.Attention():
                     y_BD, cache = branch.step(normed_BD, cache)
                 case mamba_moe.MambaMoe():
                     y_BD, cache = branch.step(normed_BD, cache, ids_B=ids_B, labels_B=labels_B)
@@ -119,9 +119,10 @@ def fold_in(keys_B: Array | None, data: int | Array) -> Array | None:
 
 def build_branch(
     kind: str, config: config_lib.ModelConfig, *, rngs: nnx.Rngs
-) -> mamba.Mamba | mamba_moe.MambaMoe | attention.Attention | mlp.Mlp | moe.Moe:
+) -> mamba.Mamba | mamba2.Mamba2 | mamba_moe.MambaMoe | attention.Attention | mlp.Mlp | moe.Moe:
     """The branch named `kind`, with the settings that the config has for it."""
     dtype, d_model, init_scale = jnp.dtype(config.compute_dtype), config.d_model, config.init_scale
+    out_scale = 1 / math.sqrt(len(config.sublayers)) if config.rescale_out_proj else 1.0  # of Mamba's out_proj
     match kind:
         case "mamba" | "mamba_moe":
             c = config.mamba
@@ -134,7 +135,7 @@ def build_branch(
                 "dt_max": c.dt_max,
                 "scan_implementation": None if c.scan == "auto" else c.scan,
                 "chunk_size": c.chunk_size,
-                "out_scale": 1 / math.sqrt(len(config.sublayers)) if config.rescale_out_proj else 1.0,
+                "out_scale": out_scale,
                 "dtype": dtype,
                 "rngs": rngs,
             }
@@ -148,6 +149,26 @@ def build_branch(
                 scheme=config.init,
                 init_scale=init_scale,
                 **settings,
+            )
+        case "mamba2":
+            c = config.mamba2
+            return mamba2.Mamba2(
+                d_model,
+                expand=c.expand,
+                d_state=c.d_state,
+                d_head=c.d_head,
+                num_groups=c.num_groups,
+                d_conv=c.d_conv,
+                dt_min=c.dt_min,
+                dt_max=c.dt_max,
+                A_min=c.A_min,
+                A_max=c.A_max,
+                norm_eps=config.norm_eps,
+                scan_implementation=None if c.scan == "auto" else c.scan,
+                chunk_size=c.chunk_size,
+                out_scale=out_scale,
+                dtype=dtype,
+                rngs=rngs,
             )
         case "attention":
             c = config.attention

@@ -9,17 +9,18 @@ import pytest
 from flax import nnx
 
 from moejax import config as config_lib
-from moejax.layers import block, mamba
+from moejax.layers import block, mamba, mamba2
 
 D_MODEL = 8
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0]])  # two documents and one padding token
 LENGTH = SEGMENTS.shape[1]
-MIXES_TIME = {"mamba": True, "attention": True, "mlp": False, "moe": False, "mamba|moe": True}
+MIXES_TIME = {"mamba": True, "attention": True, "mlp": False, "moe": False, "mamba|moe": True, "mamba2": True}
 
 
 def settings(**changes):
     config = config_lib.ModelConfig(d_model=D_MODEL, **changes)
     config.mamba.d_state, config.mamba.chunk_size, config.attention.num_heads = 2, 3, 2
+    config.mamba2 = config_lib.Mamba2Config(d_state=2, d_head=4, num_groups=2, chunk_size=3)
     config.mlp.d_ff, config.mlp.activation = 8, "gelu"
     config.moe = config_lib.MoeConfig(num_experts=3, d_expert=8, activation="gelu", top_k=2, capacity_factor=0.5)
     return config
@@ -77,20 +78,21 @@ def test_parallel_branches_add_up_over_one_norm(norm, fill):
 
 
 def test_the_residual_stream_is_float32_around_bfloat16_branches():
-    module = jax.eval_shape(lambda: make("mamba|moe|mlp|attention", compute_dtype="bfloat16"))
-    assert [type(branch).__name__ for branch in module.branches] == ["Mamba", "Moe", "Mlp", "Attention"]
+    module = jax.eval_shape(lambda: make("mamba|moe|mlp|attention|mamba2", compute_dtype="bfloat16"))
+    assert [type(branch).__name__ for branch in module.branches] == ["Mamba", "Moe", "Mlp", "Attention", "Mamba2"]
     assert {branch.dtype for branch in module.branches} == {jnp.dtype("bfloat16")}
     x = jax.ShapeDtypeStruct((1, 4, D_MODEL), jnp.float32)
     assert jax.eval_shape(lambda module, x: module(x)[0], module, x).dtype == jnp.float32
 
 
-def test_out_proj_is_rescaled_by_the_number_of_residual_branches():
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_out_proj_is_rescaled_by_the_number_of_residual_branches(kind):
     changes = {"prefix": ("mamba",), "period": ("mamba", "moe"), "num_periods": 4}  # 9 sublayers
 
     def out_projections():
         for rescale in (True, False):
-            (branch,) = make("mamba", rescale_out_proj=rescale, **changes).branches
-            assert isinstance(branch, mamba.Mamba)
+            (branch,) = make(kind, rescale_out_proj=rescale, **changes).branches
+            assert isinstance(branch, mamba.Mamba | mamba2.Mamba2)
             yield branch.out_proj[...]
 
     rescaled, plain = jax.jit(lambda: list(out_projections()))()
@@ -98,6 +100,6 @@ def test_out_proj_is_rescaled_by_the_number_of_residual_branches():
 
 
 def test_an_unknown_branch_is_an_error_that_names_the_known_ones():
-    known = "mamba, mamba_moe, attention, mlp, moe"
+    known = "mamba, mamba2, mamba_moe, attention, mlp, moe"
     with pytest.raises(ValueError, match=f"sublayer=rnn is not known; choose one of {known}"):
         make("rnn")

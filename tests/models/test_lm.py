@@ -14,12 +14,13 @@ from moejax import config as config_lib
 from moejax.models import lm
 
 VOCAB, D_MODEL = 11, 8
-MIXED = {"prefix": ("attention",), "period": ("mamba|moe",), "num_periods": 2, "suffix": ("mlp",)}
+MIXED = {"prefix": ("attention",), "period": ("mamba|moe", "mamba2"), "num_periods": 2, "suffix": ("mlp",)}
 
 
 def settings(**changes):
     config = config_lib.ModelConfig(vocab_size=VOCAB, d_model=D_MODEL, num_periods=1)
     config.mamba.d_state, config.mamba.chunk_size, config.attention.num_heads = 2, 3, 2
+    config.mamba2 = config_lib.Mamba2Config(d_state=2, d_head=4, num_groups=2, chunk_size=3)
     config.mlp.d_ff = 8
     config.moe = config_lib.MoeConfig(num_experts=3, d_expert=8, activation="gelu", top_k=2)
     config.moe.capacity_factor = config.moe.eval_capacity_factor = 0

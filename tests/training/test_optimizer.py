@@ -34,7 +34,7 @@ def test_schedule_without_warmup_starts_at_the_peak(config):
 
 
 def test_matrices_decays_the_weights_of_linear_maps_and_all_decays_everything(config):
-    config.model.period = ("mamba", "moe", "attention", "mlp")
+    config.model.period = ("mamba", "mamba2", "moe", "attention", "mlp")
     config.model.mlp.bias = config.model.moe.bias = True
     model = lm.abstract(config.model)
     decayed, spared = set(), set()
@@ -42,7 +42,7 @@ def test_matrices_decays_the_weights_of_linear_maps_and_all_decays_everything(co
         (decayed if decays else spared).add(path[-2].name)
     assert decayed == {"in_proj", "x_proj", "dt_proj", "out_proj", "weight", "up", "down", "qkv", "out"}
     assert spared == {
-        "embedding", "A_log", "D", "dt_bias", "conv_kernel", "conv_bias", "scale", "up_bias", "down_bias",
+        "embedding", "A_log", "D", "dt_bias", "conv_kernel", "conv_bias", "scale", "norm_scale", "up_bias", "down_bias",
     }  # fmt: skip
     assert all(jax.tree.leaves(optimizer.decay_mask(model, "all")))
 

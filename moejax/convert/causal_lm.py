@@ -1,0 +1,146 @@
+"""Weights of language models whose layers are all alike, from Hugging Face's names to ours and back, by a table.
+
+P periods, V vocabulary, D model; a family's table has letters of its own.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moejax import config as config_lib
+from moejax.models import lm
+
+
+class Family(NamedTuple):
+    """The parameters of a model that is an embedding, equal layers of one residual branch, a norm and a head.
+
+    architecture: Hugging Face's class.
+    branch: ours, of every layer.
+    table: of what lies inside a layer: Hugging Face's name; its dims; our parameter of the branch; our dims.
+      torch.nn.Linear keeps (out, in), we (in, out); "1" is a dim of size one.
+    """
+
+    architecture: str
+    branch: str
+    table: tuple[tuple[str, str, str, str], ...]
+
+    def rows(self) -> tuple[tuple[str, str, str, str], ...]:
+        """Every parameter, {} being a layer of theirs: a period of ours. Our periods lie in one array: P."""
+        block = "periods.blocks.0"
+        return (
+            ("backbone.embeddings.weight", "VD", "embedding", "VD"),
+            ("backbone.layers.{}.norm.weight", "D", f"{block}.norm.scale", "PD"),
+            *(
+                (f"backbone.layers.{{}}.mixer.{name}", theirs, f"{block}.branches.0.{parameter}", f"P{ours}")
+                for name, theirs, parameter, ours in self.table
+            ),
+            ("backbone.norm_f.weight", "D", "norm.scale", "D"),
+            ("lm_head.weight", "VD", "head", "DV"),  # tied: the embedding once more, and no parameter of ours
+        )
+
+
+def from_hf(family: Family, state_dict: Mapping[str, np.ndarray], config: config_lib.ModelConfig) -> lm.Lm:
+    """The model with these weights, float32.
+
+    Args:
+      family: what the state_dict is of.
+      state_dict: of the family's class, as numpy arrays of float32, or of a narrower float that float32 holds exactly.
+        With tied embeddings lm_head.weight may be left out, as it is in checkpoint files.
+      config: the model.
+
+    Raises:
+      ConfigError: the config has a parameter that the family has not, or lacks one.
+      ValueError: a tensor is missing, unknown, or of the wrong shape or dtype.
+    """
+    model = lm.abstract(config)
+    parameters = _parameters(family, model)
+    values, known = {}, set()
+    for name, theirs, path, ours in family.rows():
+        if path not in parameters:
+            continue
+        size = dict(zip(ours, parameters[path].shape, strict=True))
+        shape = tuple(size.get(dim, 1) for dim in theirs)
+        layers = [name.format(layer) for layer in range(size.get("P", 1))]
+        tensors = [_permute(_tensor(state_dict, layer, shape), theirs, ours.removeprefix("P")) for layer in layers]
+        values[path] = jnp.array(np.stack(tensors) if "P" in size else tensors[0], jnp.float32)
+        known.update(layers)
+    if config.tie_embeddings and "lm_head.weight" in state_dict:
+        if not np.array_equal(state_dict["lm_head.weight"], state_dict["backbone.embeddings.weight"]):
+            raise ValueError(
+                "lm_head.weight differs from backbone.embeddings.weight, but model.tie_embeddings=True; set it to False"
+            )
+        known.add("lm_head.weight")
+    for name in state_dict:
+        if name not in known:
+            raise ValueError(f"{name} has no place in the model ({config.num_periods} layers); leave it out")
+
+    return jax.tree_util.tree_map_with_path(
+        lambda path, parameter: parameter.replace(values[_dotted(path)]), model, is_leaf=_is_variable
+    )
+
+
+def to_hf(family: Family, model: lm.Lm) -> dict[str, np.ndarray]:
+    """The inverse of `from_hf`: every tensor of the class's state_dict(), so a tied embedding under both names.
+
+    A gradient with respect to a model has the model's structure, and is renamed like its weights.
+
+    Raises:
+      ConfigError: the model has a parameter that the family has not, or lacks one.
+    """
+    parameters = _parameters(family, model)
+    state_dict = {}
+    for name, theirs, path, ours in family.rows():
+        if path not in parameters:
+            state_dict[name] = state_dict["backbone.embeddings.weight"]
+            continue
+        value = np.asarray(parameters[path][...])
+        for layer, tensor in enumerate(value if "P" in ours else [value]):
+            state_dict[name.format(layer)] = np.array(_permute(tensor, ours.removeprefix("P"), theirs), order="C")
+    return state_dict
+
+
+def _permute(x: np.ndarray, source: str, target: str) -> np.ndarray:
+    """Transposes x from the dims `source` to the dims `target`, either of which may have dims "1"."""
+    ones = [tuple(i for i, dim in enumerate(dims) if dim == "1") for dims in (source, target)]
+    source, target = source.replace("1", ""), target.replace("1", "")
+    x = np.squeeze(x, ones[0]).transpose([source.index(dim) for dim in target])
+    return np.expand_dims(x, ones[1])
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _parameters(family: Family, model: lm.Lm) -> dict[str, nnx.Variable]:
+    """Every parameter by its path; refuses a model of another shape than the family's."""
+    leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_variable)
+    parameters = {_dotted(path): variable for path, variable in leaves}
+    wanted = {path for _, _, path, _ in family.rows()}
+    for path in sorted((parameters.keys() ^ wanted) - {"head"}):
+        raise config_lib.ConfigError(
+            f"the model {'has' if path in parameters else 'lacks'} {path}, unlike {family.architecture}; set "
+            f"model.period=('{family.branch}',), model.prefix=(), model.suffix=(), model.norm=rmsnorm, "
+            "model.final_norm=True"
+        )
+    return parameters
+
+
+def _tensor(state_dict: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if name not in state_dict:
+        raise ValueError(f"{name} is missing, of shape {shape}; add it, or mend the config that asks for it")
+    tensor = state_dict[name]
+    if not isinstance(tensor, np.ndarray):
+        raise ValueError(f"{name} is a {type(tensor).__name__}, not a numpy array; convert it")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tensor.shape}, but the config makes it {shape}; mend one of them")
+    if not (jnp.issubdtype(tensor.dtype, jnp.floating) and np.can_cast(tensor.dtype, np.float32)):
+        raise ValueError(f"{name} has dtype {tensor.dtype}, which float32 does not hold exactly; cast it to float32")
+    return tensor
