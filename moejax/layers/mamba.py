@@ -32,7 +32,7 @@ class Mamba(nnx.Module):
     [x, z] = in_proj(u); x = silu(conv(x)); [dt, B, C] = x_proj(x); dt = softplus(dt_proj(dt) + dt_bias);
     y = selective_scan(x, dt, -exp(A_log), B, C, D) * silu(z); out_proj(y).
 
-    __call__(u_BLD) -> y_BLD; `step` does one position with a cache.
+    __call__(u_BLD) -> y_BLD; `prefill` also returns the cache after the row; `step` does one position with a cache.
     """
 
     def __init__(
@@ -68,11 +68,15 @@ class Mamba(nnx.Module):
         self.out_proj = nnx.Param(out_scale * init.uniform_fan_in(key(), (inner, d_model)), axes=("inner", "embed"))
 
     def __call__(self, u_BLD: Array, *, segment_ids_BL: Array | None = None) -> Array:
-        x_BLI, z_BLI = self._in(u_BLD)
+        return self.prefill(u_BLD, segment_ids_BL=segment_ids_BL)[0]
+
+    def prefill(self, u_BLD: Array, *, segment_ids_BL: Array | None = None) -> tuple[Array, MambaCache]:
+        """A row, and the cache after its last position: (y_BLD, cache of the last position's document)."""
+        inputs_BLI, z_BLI = self._in(u_BLD)
         kernel_WI, bias_I = self.conv_kernel[...].astype(self.dtype), self.conv_bias[...].astype(self.dtype)
-        x_BLI = jax.nn.silu(conv.causal_conv(x_BLI, kernel_WI, bias_I, segment_ids_BL=segment_ids_BL))
+        x_BLI = jax.nn.silu(conv.causal_conv(inputs_BLI, kernel_WI, bias_I, segment_ids_BL=segment_ids_BL))
         dt_BLI, B_BLN, C_BLN = self._select(x_BLI)
-        y_BLI, _ = scan.selective_scan(
+        y_BLI, state_BIN = scan.selective_scan(
             x_BLI,
             dt_BLI,
             -jnp.exp(self.A_log[...]),
@@ -83,7 +87,8 @@ class Mamba(nnx.Module):
             implementation=self.scan_implementation,
             chunk_size=self.chunk_size,
         )
-        return self._out(y_BLI, z_BLI)
+        window_BWI = conv.final_window(inputs_BLI, len(kernel_WI), segment_ids_BL=segment_ids_BL)
+        return self._out(y_BLI, z_BLI), MambaCache(window_BWI, state_BIN)
 
     def init_cache(self, batch: int) -> MambaCache:
         """The cache before the first token of a document."""

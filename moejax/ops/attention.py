@@ -3,6 +3,8 @@
 B batch, L sequence, M cache length, H heads, Q head width.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -39,8 +41,11 @@ def attention(
     return jax.nn.dot_product_attention(query_BLHQ, key_BLHQ, value_BLHQ, mask=mask_B1LL, is_causal=causal)
 
 
-def attention_step(query_BHQ: Array, key_BMHQ: Array, value_BMHQ: Array, length: Array) -> Array:
-    """One position of causal `attention`, over the first `length` entries of a cache of M."""
-    mask_M = jnp.arange(key_BMHQ.shape[1]) < length
-    y_B1HQ = jax.nn.dot_product_attention(query_BHQ[:, None], key_BMHQ, value_BMHQ, mask=mask_M[None, None, None])
-    return y_B1HQ[:, 0]
+def attention_step(query_BHQ: Array, key_BHMQ: Array, value_BHMQ: Array, start_B: Array, end: Array) -> Array:
+    """One position of causal `attention`, over the entries from start_B up to `end` of a cache of M."""
+    place_M = jnp.arange(key_BHMQ.shape[2])
+    seen_B1M = ((place_M >= start_B[:, None]) & (place_M < end))[:, None]
+    score_BHM = jnp.einsum("bhq,bhmq->bhm", query_BHQ, key_BHMQ, preferred_element_type=jnp.float32)
+    score_BHM = jnp.where(seen_B1M, score_BHM / math.sqrt(query_BHQ.shape[-1]), -jnp.inf)
+    weight_BHM = jax.nn.softmax(score_BHM, axis=-1).astype(value_BHMQ.dtype)
+    return jnp.einsum("bhm,bhmq->bhq", weight_BHM, value_BHMQ)

@@ -32,6 +32,19 @@ def causal_conv(x_BLI: Array, kernel_WI: Array, bias_I: Array, *, segment_ids_BL
     return y_BLI.astype(x_BLI.dtype)
 
 
+def final_window(x_BLI: Array, num_taps: int, *, segment_ids_BL: Array | None = None) -> Array:
+    """window_BWI for `causal_conv_step` after a row: its last W - 1 inputs, oldest first.
+
+    Zeros stand for positions before the row, and for those in another segment than the last.
+    """
+    size = num_taps - 1
+    if segment_ids_BL is not None:
+        same_BL = segment_ids_BL == segment_ids_BL[:, -1:]
+        x_BLI = jnp.where(same_BL[..., None], x_BLI, 0)
+    missing = max(0, size - x_BLI.shape[1])
+    return jnp.pad(x_BLI, ((0, 0), (missing, 0), (0, 0)))[:, x_BLI.shape[1] + missing - size :]
+
+
 def causal_conv_step(x_BI: Array, window_BWI: Array, kernel_WI: Array, bias_I: Array) -> tuple[Array, Array]:
     """One position of `causal_conv`.
 
