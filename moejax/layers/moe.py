@@ -192,7 +192,7 @@ class Moe(nnx.Module):
         num_choices = expert_GTK.shape[-1]
         gate_NK = assignment_GT.gate_TK.reshape(-1, num_choices)
         expert_NK = expert_GTK.reshape(-1, num_choices)
-        if not train and capacity >= len(x_ND) and expert_NK.size < c.num_experts:  # decoding: no expert is full
+        if not train and capacity >= len(x_ND) and expert_NK.size <= c.num_experts:  # a step of decoding
             if c.normalise_gates == "after":
                 gate_NK /= gate_NK.sum(axis=-1, keepdims=True) + 1e-9
             y_ND = experts.chosen_ffn(x_ND, expert_NK, gate_NK, self.weights, activation=c.activation)

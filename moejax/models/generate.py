@@ -75,6 +75,7 @@ class _Rows(NamedTuple):
 
     keys_B: Array
     labels_B: Array | None
+    end_of_text: Array
     temperature: Array
     top_p: Array
 
@@ -88,7 +89,7 @@ def _draw(logits_BV: Array, rows: _Rows, count: Array, *, top_k: int, vocab_size
     return sample(logits_BV[:, :vocab_size], keys_B, temperature=rows.temperature, top_k=top_k, top_p=rows.top_p)
 
 
-@functools.partial(jax.jit, static_argnames=("max_length", "top_k", "vocab_size", "end_of_text"))
+@functools.partial(jax.jit, static_argnames=("max_length", "top_k", "vocab_size"))
 def _begin(
     model: lm.Lm,
     tokens_BL: Array,
@@ -98,20 +99,18 @@ def _begin(
     max_length: int,
     top_k: int,
     vocab_size: int,
-    end_of_text: int,
 ) -> _State:
     """Reads the prompts and draws the first token."""
     logits_BV, cache = model.prefill(tokens_BL, max_length=max_length, valid_BL=valid_BL, labels_B=rows.labels_B)
     count = jnp.zeros((), jnp.int32)
     token_B = _draw(logits_BV, rows, count, top_k=top_k, vocab_size=vocab_size)
-    return _State(cache, token_B, token_B == end_of_text, count + 1)
+    return _State(cache, token_B, token_B == rows.end_of_text, count + 1)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("top_k", "vocab_size", "end_of_text"), donate_argnames=("state",)
-)  # donated: the cache is written in place
+# donated: the cache is written in place
+@functools.partial(jax.jit, static_argnames=("top_k", "vocab_size"), donate_argnames=("state",))
 def _advance(
-    model: lm.Lm, state: _State, rows: _Rows, num_tokens: Array, *, top_k: int, vocab_size: int, end_of_text: int
+    model: lm.Lm, state: _State, rows: _Rows, num_tokens: Array, *, top_k: int, vocab_size: int
 ) -> tuple[_State, Array]:
     """Draws num_tokens <= CHUNK more tokens a row, fewer if all rows are done: (state, tokens_BC)."""
     batch = state.token_B.shape[0]
@@ -124,11 +123,11 @@ def _advance(
         state, tokens_BC, place = carry
         logits_BV, cache = model.step(state.token_B, state.cache, labels_B=rows.labels_B)
         token_B = _draw(logits_BV, rows, state.count, top_k=top_k, vocab_size=vocab_size)
-        token_B = jnp.where(state.done_B, end_of_text, token_B)
-        state = _State(cache, token_B, state.done_B | (token_B == end_of_text), state.count + 1)
+        token_B = jnp.where(state.done_B, rows.end_of_text, token_B)
+        state = _State(cache, token_B, state.done_B | (token_B == rows.end_of_text), state.count + 1)
         return state, tokens_BC.at[:, place].set(token_B), place + 1
 
-    tokens_BC = jnp.full((batch, CHUNK), end_of_text, jnp.int32)
+    tokens_BC = jnp.full((batch, CHUNK), rows.end_of_text, jnp.int32)
     state, tokens_BC, _ = jax.lax.while_loop(more, step, (state, tokens_BC, jnp.zeros((), jnp.int32)))
     return state, tokens_BC
 
@@ -174,10 +173,11 @@ class Writer:
         valid_BL = np.arange(length) < np.array([len(prompt) for prompt in prompts])[:, None]
         tokens_BL[valid_BL] = np.concatenate([np.asarray(prompt, np.int32) for prompt in prompts])
         self.model = model if model.periods is None else _unstack(model)
-        self.static = {"top_k": settings.top_k, "vocab_size": vocab_size, "end_of_text": end_of_text}
+        self.static = {"top_k": settings.top_k, "vocab_size": vocab_size}
         self.rows = _Rows(
             keys_B,
             None if labels_B is None else jnp.asarray(labels_B),
+            jnp.asarray(end_of_text, jnp.int32),
             jnp.asarray(settings.temperature, jnp.float32),
             jnp.asarray(settings.top_p, jnp.float32),
         )

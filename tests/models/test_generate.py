@@ -17,7 +17,7 @@ NUM_TOKENS = 20  # more than one call of the device draws
 def make():
     config = config_lib.ModelConfig(vocab_size=VOCAB, d_model=8, prefix=("attention",), period=("mamba|moe",))
     config.num_periods, config.attention.num_heads, config.mamba.d_state = 2, 2, 2
-    config.moe = config_lib.MoeConfig(num_experts=5, d_expert=8, eval_capacity_factor=0.0)
+    config.moe = config_lib.MoeConfig(num_experts=5, d_expert=8, eval_capacity_factor=0.0, dispatch="capacity")
     return lm.Lm(config, rngs=nnx.Rngs(params=0))
 
 
@@ -113,15 +113,6 @@ def test_a_prompt_without_a_token_is_refused(model):
         start(model, [[0], []], (0, 1))
 
 
-def test_an_unstacked_model_is_the_same_function(model, greedy):
-    flat = jax.jit(lm.unstack)(model)
-    assert flat.periods is None
-    assert len(flat.prefix) == 3
-    tokens = np.array([[0, 3, 1]])
-    run = jax.jit(lambda model: model(tokens)[0])
-    np.testing.assert_array_equal(run(flat), run(model))
-
-
 def draws(logits, num, *, top_k=0, temperature=1.0, top_p=1.0, seed=0):
     """How often each token came."""
     run = jax.jit(generate.sample, static_argnames="top_k")
@@ -186,7 +177,7 @@ def test_one_candidate_no_temperature_and_next_to_none_are_greedy():
 
 def test_prompts_are_padded_to_few_lengths_and_by_at_most_a_fourth():
     padded = [generate.padded_length(length) for length in range(1, 5000)]
-    assert all(length <= to < max(17, 1.25 * length + 1) for length, to in enumerate(padded, start=1))
+    assert all(length <= to <= max(length + 15, 1.25 * length) for length, to in enumerate(padded, start=1))
     assert len(set(padded)) < 40
     assert len({to for to in padded if 1024 < to <= 2048}) == 4
 

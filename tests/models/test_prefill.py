@@ -11,7 +11,7 @@ from moejax.models import lm
 
 VOCAB = 11
 PATTERNS = {
-    "mamba, moe": {"period": ("mamba", "moe"), "num_periods": 2},
+    "mamba, moe": {"period": ("mamba", "moe"), "num_periods": 1},
     "mixed": {"prefix": ("attention",), "period": ("mamba|moe",), "num_periods": 2, "suffix": ("mlp", "attention")},
 }
 LENGTHS = (2, 9, 6)  # the first is shorter than the convolution's window
@@ -24,7 +24,7 @@ def make(pattern, **moe):
     config = config_lib.ModelConfig(vocab_size=VOCAB, d_model=8, **pattern)
     config.mamba.d_state, config.mamba.chunk_size, config.attention.num_heads = 2, 3, 2
     config.mlp.d_ff = 8
-    config.moe = config_lib.MoeConfig(**{"num_experts": 4, "d_expert": 8, "top_k": 2} | moe)
+    config.moe = config_lib.MoeConfig(**{"num_experts": 4, "d_expert": 8, "top_k": 2} | moe, dispatch="capacity")
     config.moe.eval_capacity_factor = 0.0
     return lm.Lm(config, rngs=nnx.Rngs(params=0))
 
