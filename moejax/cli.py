@@ -90,7 +90,7 @@ def generate(arguments: argparse.Namespace, _: list[str]) -> int:
     run = run_lib.load(arguments.workdir)
     if stream:
         print(request.prompts[0], end="", flush=True)
-        _, cost = generation.write(run, request, show=lambda piece: print(piece, end="", flush=True))
+        cost = generation.write(run, request, show=lambda piece: print(piece, end="", flush=True))[1]
         print()
     else:
         written, cost = generation.write(run, request)

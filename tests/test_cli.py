@@ -257,7 +257,7 @@ def test_generate_continues_prompts_alike_in_a_batch_alone_as_json_and_streamed(
     assert printed.out.startswith("the river")
     assert "\nunder the stone" in printed.out
     (line,) = printed.err.splitlines()
-    assert re.fullmatch(r"\d+ tokens, [\d.,]+ tokens/s; cache 0.02 MB a row, of constant size", line)
+    assert re.fullmatch(r"\d+ tokens, [\d.,]+ tokens/s; cache 1.8 kB a row, of constant size", line)
     assert cli.run([*arguments, f"--prompts={tmp_path / 'prompts'}", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert "".join(row["prompt"] + row["text"] + "\n" for row in rows) == printed.out

@@ -180,10 +180,11 @@ class Cost:
     max_length: int
 
     def __str__(self) -> str:
+        num_bytes = self.cache.num_bytes
+        size = f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.1f} kB"
         growth = f"for at most {self.max_length:,} tokens" if self.cache.grows else "of constant size"
         return (
-            f"{self.num_tokens:,} tokens, {self.num_tokens / self.seconds:,.1f} tokens/s; "
-            f"cache {self.cache.num_bytes / 1e6:,.2f} MB a row, {growth}"
+            f"{self.num_tokens:,} tokens, {self.num_tokens / self.seconds:,.1f} tokens/s; cache {size} a row, {growth}"
         )
 
 
