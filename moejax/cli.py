@@ -80,34 +80,23 @@ def evaluate(arguments: argparse.Namespace, _: list[str]) -> int:
 
 
 def generate(arguments: argparse.Namespace, _: list[str]) -> int:
-    """Continues a prompt."""
-    for name, minimum in (
-        ("num_tokens", 1),
-        ("temperature", 0),
-        ("top_k", 0),
-        ("max_length", 0),
-        ("num_samples", 1),
-        ("seed", 0),
-    ):
-        value = getattr(arguments, name)
-        if not minimum <= value < 2**31:
-            raise config_lib.ConfigError(f"--{name}={value} must be {minimum} or more, and finite; change it")
+    """Continues prompts."""
+    from moejax.analysis import generation
     from moejax.analysis import run as run_lib
 
+    request = generation.request(arguments)
+    stream = generation.streams(arguments, request)
     keep_compiled_programs()
-    texts = run_lib.write_sample(
-        run_lib.load(arguments.workdir),
-        arguments.prompt,
-        num_tokens=arguments.num_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        seed=arguments.seed,
-        max_length=arguments.max_length,
-        num_samples=arguments.num_samples,
-        label=arguments.label,
-    )
-    for text in texts:
-        print(json.dumps({"prompt": arguments.prompt, "text": text}) if arguments.json else arguments.prompt + text)
+    run = run_lib.load(arguments.workdir)
+    if stream:
+        print(request.prompts[0], end="", flush=True)
+        cost = generation.write(run, request, show=lambda piece: print(piece, end="", flush=True))[1]
+        print()
+    else:
+        written, cost = generation.write(run, request)
+        for one in written:
+            print(json.dumps(one.to_json()) if arguments.json else one.prompt + one.text)
+    print(cost, file=sys.stderr)
     return 0
 
 
@@ -123,15 +112,15 @@ def params(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def report(arguments: argparse.Namespace, _: list[str]) -> int:
     """One self-contained HTML page about one run or several."""
+    from moejax.analysis import generation
     from moejax.analysis import report as report_lib
-    from moejax.analysis import run as run_lib
 
     keep_compiled_programs()
     for folder in arguments.folders:
         report_lib.read(folder)  # refuses what is not a run's folder before anything is computed
     for folder in arguments.folders:
         try:
-            run_lib.complete(folder)
+            generation.complete(folder)
         except config_lib.ConfigError as error:
             print(f"moejax: the report goes without an evaluation or sample: {error}", file=sys.stderr)
     print(report_lib.write(arguments.folders, arguments.output))
@@ -329,15 +318,26 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("generate", generate, 'moejax generate --workdir=runs/a --prompt="The river" --temperature=0.8')
     takes_workdir(sub)
-    sub.add_argument("--prompt", required=True, help="how the document begins")
+    sub.add_argument("--prompt", action="append", default=[], help="how a document begins; may be given several times")
+    sub.add_argument("--prompts", type=pathlib.Path, metavar="FILE", help="more prompts, one a line")
     sub.add_argument("--num_tokens", type=int, default=100, help="tokens to write at most (default 100)")
+    sub.add_argument("--num_samples", type=int, default=1, help="continuations of each prompt (default 1)")
     sub.add_argument("--temperature", type=float, default=0.8, help="0 takes the most probable token (default 0.8)")
     sub.add_argument("--top_k", type=int, default=50, help="draw from so many tokens; 0 for all (default 50)")
+    sub.add_argument("--top_p", type=float, default=1.0, help="and of those from so much probability (default 1: all)")
     sub.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
-    sub.add_argument("--num_samples", type=int, default=1, help="continuations to write (default 1)")
-    sub.add_argument("--label", default="", help="topic or domain of the document, for model.moe.router=label")
+    sub.add_argument("--stop", action="append", default=[], help="text to end before; may be given several times")
     sub.add_argument(
-        "--max_length", type=int, default=0, help="longest prompt + continuation (default: a training row)"
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="show tokens as they are made (default: on a terminal, if there is one continuation)",
+    )
+    sub.add_argument("--label", default="", help="topic or domain of the documents, for model.moe.router=label")
+    sub.add_argument(
+        "--max_length",
+        type=int,
+        default=0,
+        help="longest prompt + continuation (default: a training row with attention, else no limit)",
     )
     writes_json(sub)
 

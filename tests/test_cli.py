@@ -222,7 +222,8 @@ def test_the_last_of_two_equal_options_is_the_one_that_is_named(capsys):
 
 
 def test_a_prompt_that_is_too_long_says_by_how_much(capsys, trained):
-    line = refused(capsys, "generate", f"--workdir={trained}", f"--prompt={'x' * 40}", "--num_tokens=10")
+    arguments = ["--max_length=32", "--num_tokens=10"]
+    line = refused(capsys, "generate", f"--workdir={trained}", f"--prompt={'x' * 40}", *arguments)
     assert "--prompt has 41 tokens" in line
     assert "--max_length=32" in line
     assert not (trained / "samples.jsonl").exists()
@@ -247,15 +248,25 @@ def test_eval_agrees_with_the_training_run_and_prints_json_for_a_program(capsys,
     assert f"validation loss {printed['loss']:.4f} nats/token" in capsys.readouterr().out
 
 
-def test_generate_continues_the_prompt_and_repeats_itself_for_a_seed(capsys, trained):
-    arguments = ["generate", f"--workdir={trained}", "--prompt=the river", "--num_tokens=12", "--num_samples=2"]
-    assert cli.run(arguments) == 0
-    first = capsys.readouterr().out
-    assert first.startswith("the river")
-    assert cli.run([*arguments, "--json"]) == 0
+def test_generate_continues_prompts_alike_in_a_batch_alone_as_json_and_streamed(capsys, trained, tmp_path):
+    """Past the length of a training row, as a MoE-Mamba may."""
+    (tmp_path / "prompts").write_text("under the stone\n")
+    arguments = ["generate", f"--workdir={trained}", "--prompt=the river", "--num_tokens=40"]
+    assert cli.run([*arguments, f"--prompts={tmp_path / 'prompts'}"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("the river")
+    assert "\nunder the stone" in printed.out
+    (line,) = printed.err.splitlines()
+    assert re.fullmatch(r"\d+ tokens, [\d.,]+ tokens/s; cache 1.8 kB a row, of constant size", line)
+    assert cli.run([*arguments, f"--prompts={tmp_path / 'prompts'}", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert "".join(row["prompt"] + row["text"] + "\n" for row in rows) == first
-    assert len(files.read_rows(trained / "samples.jsonl")) == 4
+    assert "".join(row["prompt"] + row["text"] + "\n" for row in rows) == printed.out
+    assert cli.run([*arguments, "--stream"]) == 0
+    assert capsys.readouterr().out == rows[0]["prompt"] + rows[0]["text"] + "\n"
+    stop = rows[0]["text"][2:4]
+    assert cli.run([*arguments, f"--stop={stop}"]) == 0
+    assert capsys.readouterr().out == "the river" + rows[0]["text"][: rows[0]["text"].index(stop)] + "\n"
+    assert len(files.read_rows(trained / "samples.jsonl")) == 6
 
 
 def test_report_makes_what_is_missing_and_prints_where_the_page_is(capsys, trained):

@@ -1,4 +1,4 @@
-"""A trained run, opened again: its model, its held-out loss, and text that it writes."""
+"""A trained run, opened again: its model and its held-out loss."""
 
 import dataclasses
 import json
@@ -7,13 +7,12 @@ import pathlib
 from typing import Any
 
 import jax
-import numpy as np
 
 from moejax import config as config_lib
 from moejax import files, partition
 from moejax.analysis import baselines, specialisation
 from moejax.data import pipeline, tokenizers
-from moejax.models import generate, lm
+from moejax.models import lm
 from moejax.training import checkpoint, evaluate, folder, state
 
 
@@ -79,93 +78,3 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         summary |= {"dropped": result["dropped"], "routing": choices.summary(tokenizer, data.labels)}
     files.write(run.workdir / "eval.json", json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-def write_sample(
-    run: Run,
-    prompt: str,
-    *,
-    num_tokens: int,
-    temperature: float,
-    top_k: int,
-    seed: int,
-    max_length: int = 0,
-    num_samples: int = 1,
-    label: str = "",
-) -> list[str]:
-    """Continuations of the prompt, each up to the first end-of-text; also appended to samples.jsonl.
-
-    Args:
-      run: the trained run.
-      prompt: text the document begins with; may be empty.
-      num_tokens: how many tokens to write at most.
-      temperature: 0 takes the most probable token each time.
-      top_k: draw from so many most probable tokens; 0 for all.
-      seed: of the draws.
-      max_length: most tokens of prompt and continuation together; 0 means data.seq_length, the length of training.
-      num_samples: continuations to draw.
-      label: of the document, for router=label; "" is the first label that the run's documents have.
-
-    Raises:
-      ConfigError: prompt and continuation are longer than max_length, or there is no such label.
-    """
-    tokenizer = run.tokenizer
-    limit = max_length or run.config.data.seq_length
-    prompt_L = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
-    if len(prompt_L) + num_tokens > limit:
-        raise config_lib.ConfigError(
-            f"--prompt has {len(prompt_L)} tokens and --num_tokens={num_tokens} more are asked for, together over "
-            f"--max_length={limit} (by default the length of its training rows); "
-            "shorten the prompt, lower --num_tokens or raise --max_length"
-        )
-    tokens_BN = generate.generate(
-        run.model,
-        np.tile(np.asarray(prompt_L, np.int32), (num_samples, 1)),
-        jax.random.key(seed),
-        num_tokens=num_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        vocab_size=tokenizer.vocab_size,
-        label_B=np.full(num_samples, _label_id(run, label), np.int32),
-    )
-    texts = []
-    for tokens_N in np.asarray(tokens_BN).tolist():
-        if tokenizer.end_of_text in tokens_N:
-            tokens_N = tokens_N[: tokens_N.index(tokenizer.end_of_text)]
-        texts.append(tokenizer.decode(tokens_N))
-    rows = [
-        {"step": run.step, "prompt": prompt, "text": text, "temperature": temperature, "top_k": top_k, "seed": seed}
-        for text in texts
-    ]
-    with (run.workdir / "samples.jsonl").open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    return texts
-
-
-def _label_id(run: Run, label: str) -> int:
-    """The id of a label; of "" the first one's."""
-    labels = files.read_json(run.workdir / folder.DATA_FILE).get("labels", [])
-    if label and label not in labels:
-        raise config_lib.ConfigError(
-            f"--label={label} is none of the labels of this run's documents; choose one of "
-            f"{', '.join(labels[:20]) or 'none: they have no labels'}"
-        )
-    return labels.index(label) if label else 0
-
-
-def complete(workdir: pathlib.Path) -> None:
-    """Makes what a report wants and the folder lacks: the evaluation and a sample of the newest checkpoint, if any."""
-    steps = [int(entry.name) for entry in (workdir / "checkpoints").glob("*") if entry.name.isdigit()]
-    evaluation = workdir / "eval.json"
-    done = files.read_json(evaluation) if evaluation.exists() else {}
-    # An evaluation of a MoE model from before there was "routing" is made again.
-    evaluated = done.get("step") == max(steps, default=None) and ("routing" in done or "dropped" not in done)
-    samples = workdir / "samples.jsonl"
-    sampled = samples.exists() and any(row["step"] == max(steps, default=None) for row in files.read_rows(samples))
-    if not steps or (evaluated and sampled):
-        return
-    run = load(workdir)
-    if not evaluated:
-        evaluate_run(run)
-    if not sampled:
-        write_sample(run, "", num_tokens=run.config.data.seq_length // 2, temperature=0.8, top_k=50, seed=0)

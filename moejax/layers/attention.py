@@ -17,12 +17,15 @@ from moejax.ops import attention
 class AttentionCache(NamedTuple):
     """Keys and values of the past, up to a fixed length.
 
-    key_BMHQ, value_BMHQ: rotated keys, and values; zeros where no token has been.
-    length: int32, how many tokens have been.
+    key_BHMQ, value_BHMQ: rotated keys, and values; what lies before a row's start or past the length means nothing.
+      Heads come before positions, so that a step reads them as they lie.
+    start_B: int32, where each row begins: rows of unequal length end together.
+    length: int32, where all rows end.
     """
 
-    key_BMHQ: Array
-    value_BMHQ: Array
+    key_BHMQ: Array
+    value_BHMQ: Array
+    start_B: Array
     length: Array
 
 
@@ -61,27 +64,54 @@ class Attention(nnx.Module):
     ) -> Array:
         if positions_BL is None:
             positions_BL = jnp.broadcast_to(jnp.arange(x_BLD.shape[1]), x_BLD.shape[:2])
-        query_BLHQ, key_BLHQ, value_BLHQ = self._project(x_BLD, positions_BL)
-        y_BLHQ = attention.attention(
-            query_BLHQ, key_BLHQ, value_BLHQ, segment_ids_BL=segment_ids_BL, causal=self.causal
+        return self._attend(*self._project(x_BLD, positions_BL), segment_ids_BL)
+
+    def prefill(
+        self, x_BLD: Array, *, max_length: int, segment_ids_BL: Array | None = None
+    ) -> tuple[Array, AttentionCache]:
+        """A row, and a cache of max_length that holds its last document: (y_BLD, cache).
+
+        Raises:
+          ValueError: the row is longer than the cache.
+        """
+        batch, length = x_BLD.shape[:2]
+        if length > max_length:
+            raise ValueError(f"a row of {length} positions is over max_length={max_length}; raise it or cut the row")
+        start_B = jnp.zeros(batch, jnp.int32)
+        if segment_ids_BL is not None:
+            start_B = jnp.sum(segment_ids_BL != segment_ids_BL[:, -1:], axis=1, dtype=jnp.int32)
+        # only differences of positions matter, so those before the start may be negative
+        query_BLHQ, key_BLHQ, value_BLHQ = self._project(x_BLD, jnp.arange(length) - start_B[:, None])
+        y_BLD = self._attend(query_BLHQ, key_BLHQ, value_BLHQ, segment_ids_BL)
+        key_BHMQ, value_BHMQ = (
+            jnp.pad(x_BLHQ.swapaxes(1, 2), ((0, 0), (0, 0), (0, max_length - length), (0, 0)))
+            for x_BLHQ in (key_BLHQ, value_BLHQ)
         )
-        return jnp.einsum("blhq,hqd->bld", y_BLHQ, self.out[...].astype(self.dtype))
+        return y_BLD, AttentionCache(key_BHMQ, value_BHMQ, start_B, jnp.asarray(length, jnp.int32))
 
     def init_cache(self, batch: int, max_length: int) -> AttentionCache:
         """An empty cache for at most max_length tokens."""
         _, _, num_heads, head_width = self.qkv.shape
-        zeros_BMHQ = jnp.zeros((batch, max_length, num_heads, head_width), self.dtype)
-        return AttentionCache(zeros_BMHQ, zeros_BMHQ, jnp.zeros((), jnp.int32))
+        zeros_BHMQ = jnp.zeros((batch, num_heads, max_length, head_width), self.dtype)
+        return AttentionCache(zeros_BHMQ, zeros_BHMQ, jnp.zeros(batch, jnp.int32), jnp.zeros((), jnp.int32))
 
     def step(self, x_BD: Array, cache: AttentionCache) -> tuple[Array, AttentionCache]:
         """One position: (y_BD, the next cache). The caller keeps within the cache's length."""
-        positions_B1 = jnp.broadcast_to(cache.length, (x_BD.shape[0], 1))
+        positions_B1 = (cache.length - cache.start_B)[:, None]
         query_B1HQ, key_B1HQ, value_B1HQ = self._project(x_BD[:, None], positions_B1)
-        key_BMHQ = jax.lax.dynamic_update_slice_in_dim(cache.key_BMHQ, key_B1HQ, cache.length, axis=1)
-        value_BMHQ = jax.lax.dynamic_update_slice_in_dim(cache.value_BMHQ, value_B1HQ, cache.length, axis=1)
-        cache = AttentionCache(key_BMHQ, value_BMHQ, cache.length + 1)
-        y_BHQ = attention.attention_step(query_B1HQ[:, 0], key_BMHQ, value_BMHQ, cache.length)
+        key_BHMQ, value_BHMQ = (
+            jax.lax.dynamic_update_slice_in_dim(past_BHMQ, x_B1HQ.swapaxes(1, 2), cache.length, axis=2)
+            for past_BHMQ, x_B1HQ in ((cache.key_BHMQ, key_B1HQ), (cache.value_BHMQ, value_B1HQ))
+        )
+        cache = AttentionCache(key_BHMQ, value_BHMQ, cache.start_B, cache.length + 1)
+        y_BHQ = attention.attention_step(query_B1HQ[:, 0], key_BHMQ, value_BHMQ, cache.start_B, cache.length)
         return jnp.einsum("bhq,hqd->bd", y_BHQ, self.out[...].astype(self.dtype)), cache
+
+    def _attend(self, query_BLHQ: Array, key_BLHQ: Array, value_BLHQ: Array, segment_ids_BL: Array | None) -> Array:
+        y_BLHQ = attention.attention(
+            query_BLHQ, key_BLHQ, value_BLHQ, segment_ids_BL=segment_ids_BL, causal=self.causal
+        )
+        return jnp.einsum("blhq,hqd->bld", y_BLHQ, self.out[...].astype(self.dtype))
 
     def _project(self, x_BLD: Array, positions_BL: Array) -> tuple[Array, Array, Array]:
         query_BLHQ, key_BLHQ, value_BLHQ = jnp.einsum("bld,sdhq->sblhq", x_BLD, self.qkv[...].astype(self.dtype))

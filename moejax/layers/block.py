@@ -76,6 +76,40 @@ class Block(nnx.Module):
             x_BLD = x_BLD + y_BLD.astype(jnp.float32)
         return x_BLD, tuple(aux)
 
+    def prefill(
+        self,
+        x_BLD: Array,
+        *,
+        max_length: int,
+        segment_ids_BL: Array,
+        ids_BL: Array | None = None,
+        labels_BL: Array | None = None,
+    ) -> tuple[Array, tuple[Any, ...]]:
+        """`__call__` with nothing dropped, for `step` to go on from: (y_BLD, the caches after the last position)."""
+        normed_BLD = self.norm(x_BLD)
+        caches: list[Any] = []
+        for branch in self.branches:
+            cache = None
+            match branch:
+                case mamba.Mamba() | mamba2.Mamba2():
+                    y_BLD, cache = branch.prefill(normed_BLD, segment_ids_BL=segment_ids_BL)
+                case mamba_moe.MambaMoe():
+                    y_BLD, cache = branch.prefill(
+                        normed_BLD, segment_ids_BL=segment_ids_BL, ids_BL=ids_BL, labels_BL=labels_BL
+                    )
+                case attention.Attention():
+                    y_BLD, cache = branch.prefill(normed_BLD, max_length=max_length, segment_ids_BL=segment_ids_BL)
+                case moe.Moe():
+                    valid_BL = segment_ids_BL > 0
+                    y_BLD = branch.prefill(normed_BLD, valid_BL=valid_BL, ids_BL=ids_BL, labels_BL=labels_BL)
+                case mlp.Mlp():
+                    y_BLD = branch(normed_BLD)
+                case _:
+                    raise TypeError(f"no such branch: {type(branch)}")
+            caches.append(cache)
+            x_BLD = x_BLD + y_BLD.astype(jnp.float32)
+        return x_BLD, tuple(caches)
+
     def init_cache(self, batch: int, max_length: int) -> tuple[Any, ...]:
         """One cache a branch; None for a branch that looks at its own position only."""
         caches: list[Any] = []

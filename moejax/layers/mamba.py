@@ -68,12 +68,12 @@ class Ssm(nnx.Module):
         window_BWI = jnp.zeros((batch, taps - 1, inner), self.dtype)
         return MambaCache(window_BWI, jnp.zeros((batch, inner, self.d_state), jnp.float32))
 
-    def _mix(self, x_BLI: Array, segment_ids_BL: Array | None) -> tuple[Array, Array]:
-        """(y_BLI, the state after the last position)."""
+    def _mix(self, inputs_BLI: Array, segment_ids_BL: Array | None) -> tuple[Array, MambaCache]:
+        """(y_BLI, the cache after the last position, of its document)."""
         kernel_WI, bias_I = self.conv_kernel[...].astype(self.dtype), self.conv_bias[...].astype(self.dtype)
-        x_BLI = jax.nn.silu(conv.causal_conv(x_BLI, kernel_WI, bias_I, segment_ids_BL=segment_ids_BL))
+        x_BLI = jax.nn.silu(conv.causal_conv(inputs_BLI, kernel_WI, bias_I, segment_ids_BL=segment_ids_BL))
         dt_BLI, B_BLN, C_BLN = self._select(x_BLI)
-        return scan.selective_scan(
+        y_BLI, state_BIN = scan.selective_scan(
             x_BLI,
             dt_BLI,
             -jnp.exp(self.A_log[...]),
@@ -84,6 +84,8 @@ class Ssm(nnx.Module):
             implementation=self.scan_implementation,
             chunk_size=self.chunk_size,
         )
+        window_BWI = conv.final_window(inputs_BLI, len(kernel_WI), segment_ids_BL=segment_ids_BL)
+        return y_BLI, MambaCache(window_BWI, state_BIN)
 
     def _mix_step(self, x_BI: Array, cache: MambaCache) -> tuple[Array, MambaCache]:
         """One position of `_mix`: (y_BI, the next cache)."""
@@ -109,7 +111,7 @@ class Mamba(Ssm):
 
     [x, z] = in_proj(u); y = ssm(x) * silu(z); out_proj(y).
 
-    __call__(u_BLD) -> y_BLD; `step` does one position with a cache.
+    __call__(u_BLD) -> y_BLD; `prefill` also returns the cache after the row; `step` does one position with a cache.
     """
 
     def __init__(
@@ -122,9 +124,13 @@ class Mamba(Ssm):
         self.out_proj = nnx.Param(out_scale * init.uniform_fan_in(key(), (inner, d_model)), axes=("inner", "embed"))
 
     def __call__(self, u_BLD: Array, *, segment_ids_BL: Array | None = None) -> Array:
+        return self.prefill(u_BLD, segment_ids_BL=segment_ids_BL)[0]
+
+    def prefill(self, u_BLD: Array, *, segment_ids_BL: Array | None = None) -> tuple[Array, MambaCache]:
+        """A row, and the cache after its last position: (y_BLD, cache of the last position's document)."""
         x_BLI, z_BLI = self._in(u_BLD)
-        y_BLI, _ = self._mix(x_BLI, segment_ids_BL)
-        return self._out(y_BLI, z_BLI)
+        y_BLI, cache = self._mix(x_BLI, segment_ids_BL)
+        return self._out(y_BLI, z_BLI), cache
 
     def step(self, u_BD: Array, cache: MambaCache) -> tuple[Array, MambaCache]:
         """One position: (y_BD, the next cache)."""

@@ -81,7 +81,7 @@ class Mamba2(nnx.Module):
     def prefill(self, u_BLD: Array, *, segment_ids_BL: Array | None = None) -> tuple[Array, Mamba2Cache]:
         """(y_BLD, the cache after the last position of the row)."""
         y_BLD, xBC_BLY, state_BHPN = self._mix(u_BLD, segment_ids_BL)
-        window_BWY = conv.causal_conv_window(xBC_BLY, self.conv_kernel.shape[0], segment_ids_BL=segment_ids_BL)
+        window_BWY = conv.final_window(xBC_BLY, self.conv_kernel.shape[0], segment_ids_BL=segment_ids_BL)
         return y_BLD, Mamba2Cache(window_BWY, state_BHPN)
 
     def init_cache(self, batch: int) -> Mamba2Cache:

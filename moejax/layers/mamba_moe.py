@@ -3,6 +3,7 @@
 B batch, L sequence, D model, I inner.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ class MambaMoe(mamba.Ssm):
     where conv drops a token, the convolution sees none there; where gate or out drops it, the block adds nothing to it.
     A token that gate dropped reaches out as zeros, and with experts there takes a slot as any other does.
 
-    __call__(u_BLD) -> (y_BLD, the MoeAux of each mixture: conv, gate, out); `step` does one position with a cache.
+    __call__(u_BLD) -> (y_BLD, the MoeAux of each mixture: conv, gate, out); `prefill` and `step` as in `Mamba`.
     """
 
     def __init__(
@@ -87,29 +88,47 @@ class MambaMoe(mamba.Ssm):
         keys_3B: Any = (None,) * 3
         if keys_B is not None:
             keys_3B = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys_B)
+        collected = []
 
-        def project(part: moe.Moe | nnx.Param, x_BLD: Array, keys_B: Array | None) -> tuple[Array, list[moe.MoeAux]]:
-            if not isinstance(part, moe.Moe):
-                return x_BLD @ part[...].astype(self.dtype), []
-            y_BLD, aux = part(x_BLD, keys_B=keys_B, **tokens)
-            return y_BLD, [aux]
+        def experts(place: int, part: moe.Moe, x_BLD: Array) -> Array:
+            y_BLD, aux = part(x_BLD, keys_B=keys_3B[place], **tokens)
+            collected.append(aux)
+            return y_BLD
 
-        x_BLI, conv_aux = project(self.conv_proj, u_BLD, keys_3B[0])
-        z_BLI, gate_aux = project(self.gate_proj, u_BLD, keys_3B[1])
-        y_BLI, _ = self._mix(x_BLI, segment_ids_BL)
-        y_BLD, out_aux = project(self.out_proj, y_BLI * jax.nn.silu(z_BLI), keys_3B[2])
-        return y_BLD, (*conv_aux, *gate_aux, *out_aux)
+        y_BLD, _ = self._run(u_BLD, experts, lambda x_BLI: self._mix(x_BLI, segment_ids_BL))
+        return y_BLD, tuple(collected)
+
+    def prefill(
+        self,
+        u_BLD: Array,
+        *,
+        segment_ids_BL: Array,
+        ids_BL: Array | None = None,
+        labels_BL: Array | None = None,
+    ) -> tuple[Array, mamba.MambaCache]:
+        """Rows, with nothing dropped: (y_BLD, the cache after the last position, of its document)."""
+        tokens: dict[str, Any] = {"valid_BL": segment_ids_BL > 0, "ids_BL": ids_BL, "labels_BL": labels_BL}
+        experts = lambda _, part, x_BLD: part.prefill(x_BLD, **tokens)  # noqa: E731
+        return self._run(u_BLD, experts, lambda x_BLI: self._mix(x_BLI, segment_ids_BL))
 
     def step(
         self, u_BD: Array, cache: mamba.MambaCache, *, ids_B: Array | None = None, labels_B: Array | None = None
     ) -> tuple[Array, mamba.MambaCache]:
         """One position, with nothing dropped: (y_BD, the next cache)."""
+        experts = lambda _, part, x_BD: part.step(x_BD, ids_B=ids_B, labels_B=labels_B)  # noqa: E731
+        return self._run(u_BD, experts, lambda x_BI: self._mix_step(x_BI, cache))
 
-        def project(part: moe.Moe | nnx.Param, x_BD: Array) -> Array:
-            if not isinstance(part, moe.Moe):
-                return x_BD @ part[...].astype(self.dtype)
-            return part.step(x_BD, ids_B=ids_B, labels_B=labels_B)
+    def _run(
+        self,
+        u_D: Array,
+        experts: Callable[[int, moe.Moe, Array], Array],
+        mix: Callable[[Array], tuple[Array, mamba.MambaCache]],
+    ) -> tuple[Array, mamba.MambaCache]:
+        """experts(place of conv, gate or out, mixture, its input) -> its output; mix(x) -> (y, cache)."""
 
-        z_BI = project(self.gate_proj, u_BD)
-        y_BI, cache = self._mix_step(project(self.conv_proj, u_BD), cache)
-        return project(self.out_proj, y_BI * jax.nn.silu(z_BI)), cache
+        def project(place: int, part: moe.Moe | nnx.Param, x_D: Array) -> Array:
+            return experts(place, part, x_D) if isinstance(part, moe.Moe) else x_D @ part[...].astype(self.dtype)
+
+        x_I, z_I = project(0, self.conv_proj, u_D), project(1, self.gate_proj, u_D)
+        y_I, cache = mix(x_I)
+        return project(2, self.out_proj, y_I * jax.nn.silu(z_I)), cache

@@ -111,18 +111,24 @@ class Moe(nnx.Module):
         factor = self.config.capacity_factor if train else self.config.eval_capacity_factor
         return self._run(x_BLD, tokens, self.config.group_size or x_BLD.shape[1], factor, train)
 
-    def step(self, x_BD: Array, *, ids_B: Array | None = None, labels_B: Array | None = None) -> Array:
-        """One position of each row, with nothing dropped.
+    def prefill(
+        self, x_BLD: Array, *, valid_BL: Array, ids_BL: Array | None = None, labels_BL: Array | None = None
+    ) -> Array:
+        """Rows, with nothing dropped: what `step` gives position by position.
 
         Raises:
           ValueError: the router looks at all tokens of a group, so a token has no output of its own.
         """
         if not config_lib.ROUTERS[self.config.router].causal:
             raise ValueError(f"router={self.config.router} needs all tokens of a group; it can't generate")
-        one = [None if x_B is None else x_B[:, None] for x_B in (ids_B, labels_B)]
-        tokens = router.Tokens(valid_BL=jnp.ones((x_BD.shape[0], 1), bool), ids_BL=one[0], labels_BL=one[1])
-        y_B1D, _ = self._run(x_BD[:, None], tokens, x_BD.shape[0], 0.0, False)
-        return y_B1D[:, 0]
+        tokens = router.Tokens(valid_BL=valid_BL, ids_BL=ids_BL, labels_BL=labels_BL)
+        return self._run(x_BLD, tokens, valid_BL.size, 0.0, False)[0]
+
+    def step(self, x_BD: Array, *, ids_B: Array | None = None, labels_B: Array | None = None) -> Array:
+        """One position of each row, with nothing dropped; raises as `prefill` does."""
+        ids_B1, labels_B1 = (None if x_B is None else x_B[:, None] for x_B in (ids_B, labels_B))
+        valid_B1 = jnp.ones((x_BD.shape[0], 1), bool)
+        return self.prefill(x_BD[:, None], valid_BL=valid_B1, ids_BL=ids_B1, labels_BL=labels_B1)[:, 0]
 
     def capacity(self, group_size: int, factor: float) -> int:
         """Slots an expert has in a group: ceil(factor * tokens * K / E), at most one a token (Switch eq. 3)."""
@@ -187,6 +193,11 @@ class Moe(nnx.Module):
         num_choices = expert_GTK.shape[-1]
         gate_NK = assignment_GT.gate_TK.reshape(-1, num_choices)
         expert_NK = expert_GTK.reshape(-1, num_choices)
+        if not train and capacity >= len(x_ND) and expert_NK.size <= c.num_experts:  # a step of decoding
+            if c.normalise_gates == "after":
+                gate_NK /= gate_NK.sum(axis=-1, keepdims=True) + 1e-9
+            y_ND = experts.chosen_ffn(x_ND, expert_NK, gate_NK, self.weights, activation=c.activation)
+            return y_ND, jnp.zeros((), jnp.int32)
         if is_dropless:
             slots, count_E = dispatch.dropless_slots(expert_NK, num_experts=c.num_experts)
         else:

@@ -116,6 +116,42 @@ class Lm(nnx.Module):
         moe_aux = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stacks) if stacks else None
         return self._logits(x_BLD), moe_aux
 
+    def prefill(
+        self, tokens_BL: Array, *, max_length: int, valid_BL: Array | None = None, labels_B: Array | None = None
+    ) -> tuple[Array, dict[str, Any]]:
+        """Reads prompts of any lengths: (logits_BV of the next token, the cache after the prompt).
+
+        Args:
+          tokens_BL: the prompts, padded on the left, on the right or both.
+          max_length: positions that attention caches have room for: L and the tokens to come.
+          valid_BL: False for padding, which nothing of a row feels; at least one token of a row is True. None: no
+            padding.
+          labels_B: of each row's document, for router=label.
+
+        Raises:
+          ValueError: L is over max_length in a model with attention; a router that looks ahead.
+        """
+        valid_BL = jnp.ones(tokens_BL.shape, bool) if valid_BL is None else valid_BL
+        # Padding goes to the front: rows end together, and a row begins at a boundary between segments, where the
+        # convolution, the scan and attention start afresh.
+        order_BL = jnp.argsort(valid_BL, axis=1, stable=True)
+        tokens_BL, valid_BL = (jnp.take_along_axis(x_BL, order_BL, axis=1) for x_BL in (tokens_BL, valid_BL))
+        context: dict[str, Any] = {
+            "max_length": max_length,
+            "segment_ids_BL": valid_BL.astype(jnp.int32),
+            "ids_BL": tokens_BL,
+            "labels_BL": None if labels_B is None else jnp.broadcast_to(labels_B[:, None], tokens_BL.shape),
+        }
+        x_BLD = self.embedding[...][tokens_BL]
+        x_BLD, prefix = _prefill(self.prefix, x_BLD, **context)
+        cache: dict[str, Any] = {"prefix": prefix}
+        if self.periods is not None:
+            x_BLD, cache["periods"] = jax.lax.scan(
+                lambda x_BLD, period: _prefill(period.blocks, x_BLD, **context), x_BLD, self.periods
+            )
+        x_BLD, cache["suffix"] = _prefill(self.suffix, x_BLD, **context)
+        return self._logits(x_BLD[:, -1]), cache
+
     def init_cache(self, batch: int, max_length: int) -> dict[str, Any]:
         """What the model remembers of the tokens so far; max_length bounds the attention caches alone."""
         cache: dict[str, Any] = {
@@ -164,6 +200,20 @@ def abstract(config: config_lib.ModelConfig) -> Lm:
     return jax.eval_shape(lambda: Lm(config, rngs=nnx.Rngs(params=0)))
 
 
+def unstack(model: Lm) -> Lm:
+    """The same function with every block's parameters in arrays of their own; call it under jit.
+
+    A step that scans over periods first copies the parameters of each out of the stack, all experts among them, which
+    costs far more than the step. The price: a second copy of the parameters, and a compile time that grows with depth.
+    """
+    flat, layers = jax.tree.map(lambda leaf: leaf, model), [*model.prefix]
+    if model.periods is not None:
+        for place in range(model.num_periods):
+            layers += jax.tree.map(lambda leaf, place=place: leaf[place], model.periods).blocks
+    flat.prefix, flat.periods, flat.suffix = nnx.List([*layers, *model.suffix]), None, nnx.List([])
+    return flat
+
+
 def moe_layers(model: Lm) -> Iterator[tuple[moe.Moe, Any]]:
     """Every MoE layer of the model, with its place in the depth order of a stacked MoeAux.
 
@@ -202,6 +252,14 @@ def _run(
         x_BLD, aux = layer(x_BLD, keys_B=block.fold_in(keys_B, place), **context)
         collected += aux
     return x_BLD, tuple(collected)
+
+
+def _prefill(blocks: nnx.List, x_BLD: Array, **context: Any) -> tuple[Array, list[Any]]:
+    caches = []
+    for layer in blocks:
+        x_BLD, layer_caches = layer.prefill(x_BLD, **context)
+        caches.append(layer_caches)
+    return x_BLD, caches
 
 
 def _step(blocks: nnx.List, x_BD: Array, caches: list[Any], **context: Any) -> tuple[Array, list[Any]]:

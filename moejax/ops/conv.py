@@ -32,6 +32,20 @@ def causal_conv(x_BLI: Array, kernel_WI: Array, bias_I: Array, *, segment_ids_BL
     return y_BLI.astype(x_BLI.dtype)
 
 
+def final_window(x_BLI: Array, num_taps: int, *, segment_ids_BL: Array | None = None) -> Array:
+    """The window_BWI that `causal_conv_step` needs to go on after the last position of a row.
+
+    Holds zeros before the row, and where a position is of another segment than the last one.
+    """
+    size, length = num_taps - 1, x_BLI.shape[1]
+    kept = min(size, length)
+    window_BWI = x_BLI[:, length - kept :]
+    if segment_ids_BL is not None:
+        same_BW = segment_ids_BL[:, length - kept :] == segment_ids_BL[:, -1:]
+        window_BWI = jnp.where(same_BW[..., None], window_BWI, 0)
+    return jnp.pad(window_BWI, ((0, 0), (size - kept, 0), (0, 0)))
+
+
 def causal_conv_step(x_BI: Array, window_BWI: Array, kernel_WI: Array, bias_I: Array) -> tuple[Array, Array]:
     """One position of `causal_conv`.
 
@@ -46,17 +60,3 @@ def causal_conv_step(x_BI: Array, window_BWI: Array, kernel_WI: Array, bias_I: A
     """
     inputs_BWI = jnp.concatenate([window_BWI, x_BI[:, None]], axis=1)
     return jnp.einsum("bwi,wi->bi", inputs_BWI, kernel_WI) + bias_I, inputs_BWI[:, 1:]
-
-
-def causal_conv_window(x_BLI: Array, num_taps: int, *, segment_ids_BL: Array | None = None) -> Array:
-    """The window_BWI that `causal_conv_step` needs to go on after the last position of a row.
-
-    Holds zeros before the row, and where a position is of another segment than the last one.
-    """
-    size, length = num_taps - 1, x_BLI.shape[1]
-    kept = min(size, length)
-    window_BWI = x_BLI[:, length - kept :]
-    if segment_ids_BL is not None:
-        same_BW = segment_ids_BL[:, length - kept :] == segment_ids_BL[:, -1:]
-        window_BWI = jnp.where(same_BW[..., None], window_BWI, 0)
-    return jnp.pad(window_BWI, ((0, 0), (size - kept, 0), (0, 0)))

@@ -62,6 +62,24 @@ def capacity_ffn(
     return y_ECD.reshape(x_SD.shape[0], -1)
 
 
+def chosen_ffn(x_ND: Array, expert_NK: Array, gate_NK: Array, weights: Weights, *, activation: str) -> Array:
+    """y_ND = sum_k gate_nk * expert_nk(x_n), one choice after another; E for none.
+
+    For few tokens: it reads the matrices of the experts that were chosen, and no others.
+    """
+    num_experts, num_choices = weights.up_EDF.shape[0], expert_NK.shape[1]
+
+    def add(y_ND: Array, choice: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        token, expert, gate = choice
+        one = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, expert, 1), weights)
+        y_1D = capacity_ffn(jax.lax.dynamic_slice_in_dim(x_ND, token, 1), one, activation=activation)
+        y_1D = jnp.where(expert < num_experts, gate.astype(y_1D.dtype) * y_1D, 0)
+        return y_ND.at[token].add(y_1D[0]), None
+
+    token_M = jnp.arange(expert_NK.size) // num_choices
+    return jax.lax.scan(add, jnp.zeros_like(x_ND), (token_M, expert_NK.reshape(-1), gate_NK.reshape(-1)))[0]
+
+
 def dropless_ffn(
     x_SD: Array,
     count_E: Array,

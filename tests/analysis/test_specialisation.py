@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from moejax import partition
-from moejax.analysis import run, specialisation, token_names
+from moejax.analysis import generation, run, specialisation, token_names
 from moejax.data import pipeline, pretrained, tokenizers
 from moejax.layers import moe
 from moejax.training import evaluate
@@ -211,5 +211,5 @@ def test_a_report_evaluates_again_what_lacks_routing(tmp_path, monkeypatch, eval
     seen = []
     monkeypatch.setattr(run, "load", lambda folder: folder)
     monkeypatch.setattr(run, "evaluate_run", seen.append)
-    run.complete(tmp_path)
+    generation.complete(tmp_path)
     assert seen == [tmp_path] * again

@@ -176,20 +176,22 @@ def test_documents_packed_in_one_row_are_read_as_if_alone(pair, implementation):
 
 def test_greedy_text_is_the_same(pair):
     prompt_BL = draw_tokens(pair, 5)
-    ours_BN = generate.generate(
+    writer = generate.Writer(
         pair.model,
-        prompt_BL,
-        jax.random.key(0),
-        num_tokens=32,
-        temperature=0,
-        top_k=0,
+        prompt_BL.tolist(),
+        jax.random.split(jax.random.key(0), BATCH),
+        num_tokens=64,
+        settings=generate.Settings(temperature=0.0),
         vocab_size=pair.config.vocab_size,
+        end_of_text=-1,
     )
+    ours_BN = np.concatenate([writer.advance() for _ in range(5)], axis=1)
+    assert writer.done().all()
     prompt = pair.torch.from_numpy(prompt_BL).long()
     theirs_BN = pair.hf.generate(
-        prompt, attention_mask=pair.torch.ones_like(prompt), max_new_tokens=32, do_sample=False
+        prompt, attention_mask=pair.torch.ones_like(prompt), max_new_tokens=64, do_sample=False
     )[:, 5:].numpy()
-    assert theirs_BN.shape == (BATCH, 32)
+    assert theirs_BN.shape == (BATCH, 64)
     assert all(len(set(row)) > 3 for row in theirs_BN.tolist())  # a constant would agree too easily
     np.testing.assert_array_equal(ours_BN, theirs_BN)
 

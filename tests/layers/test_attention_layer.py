@@ -106,7 +106,7 @@ def test_bfloat16_keeps_its_dtype_in_the_row_and_in_the_cache(fill):
     module = fill(lambda: make("bfloat16"))
     x = jax.ShapeDtypeStruct((2, LENGTH, D_MODEL), jnp.bfloat16)
     assert jax.eval_shape(module, x).dtype == jnp.bfloat16
-    assert jax.eval_shape(lambda: module.init_cache(2, LENGTH)).key_BMHQ.dtype == jnp.bfloat16
+    assert jax.eval_shape(lambda: module.init_cache(2, LENGTH)).key_BHMQ.dtype == jnp.bfloat16
 
 
 def test_weights_of_moe_mambas_scheme_have_the_sd_of_its_inputs_and_are_not_cut_at_two():

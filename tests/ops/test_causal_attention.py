@@ -88,15 +88,21 @@ def test_values_and_gradients_equal_a_loop(causal, slope):
             np.testing.assert_allclose((gradients[position] * directions[position]).sum(), expected, rtol=1e-4)
 
 
-def test_steps_over_a_cache_equal_the_sequence():
-    """Entries of the cache that no token has filled are garbage here, and must not count."""
-    query, key, value = draw(3)
+@pytest.mark.parametrize("block_size", [2, 3, 256])
+def test_steps_over_a_cache_equal_the_sequence(block_size):
+    """In a cache of 7, no multiple of the block; what lies before a row's start or is not yet filled does not count."""
+    inputs, start = draw(3), np.array([0, 2])
+    heads_first = [np.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, 2), (0, 0))) for x in inputs]
 
     @jax.jit
-    def stepped():
-        seen = (jnp.arange(LENGTH) <= jnp.arange(LENGTH)[:, None])[:, None, :, None, None]  # [step, 1, M, 1, 1]
-        steps = jax.vmap(attention.attention_step, in_axes=(1, 0, 0, 0), out_axes=1)
-        filled = [jnp.where(seen, x, 1e3) for x in (key, value)]
-        return steps(query, filled[0], filled[1], jnp.arange(LENGTH) + 1)
+    def stepped(query, key, value):
+        def step(place):
+            seen = (jnp.arange(7) >= start[:, None]) & (jnp.arange(7) <= place)
+            filled = [jnp.where(seen[:, None, :, None], x, 1e3) for x in (key, value)]
+            return attention.attention_step(query[:, :, place], *filled, start, place + 1, block_size=block_size)
 
-    np.testing.assert_allclose(stepped(), attend((query, key, value), np.ones((BATCH, LENGTH))), atol=1e-5)
+        return jax.lax.map(step, jnp.arange(LENGTH)).swapaxes(0, 1)
+
+    after_start = np.arange(LENGTH) >= start[:, None]
+    expected = attend(inputs, after_start)
+    np.testing.assert_allclose(stepped(*heads_first)[after_start], expected[after_start], atol=1e-5)

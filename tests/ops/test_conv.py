@@ -103,3 +103,15 @@ def test_one_tap_steps_with_an_empty_window():
     y, window = jax.jit(conv.causal_conv_step)(x[:, 0], np.zeros((2, 0, 3)), kernel, bias)
     np.testing.assert_allclose(y, x[:, 0] * kernel[0] + bias, atol=1e-6)
     assert window.shape == (2, 0, 3)
+
+
+def test_the_window_after_a_row_is_its_last_inputs_of_the_same_document():
+    x = draw(5, 4)[0]
+    segments = np.array([[1, 1, 1, 2, 2], [0, 1, 1, 1, 1]])
+    window = jax.jit(lambda x, s: conv.final_window(x, 4, segment_ids_BL=s))
+    np.testing.assert_array_equal(window(x, None), x[:, 2:])
+    expected = x[:, 2:].copy()
+    expected[0, 0] = 0
+    np.testing.assert_array_equal(window(x, segments), expected)
+    np.testing.assert_array_equal(window(x[:, :2], None), np.pad(x[:, :2], ((0, 0), (1, 0), (0, 0))))
+    assert conv.final_window(x, 1).shape == (2, 0, 3)

@@ -93,6 +93,25 @@ def test_rows_past_the_last_expert_give_nothing_with_biases_too():
     np.testing.assert_array_equal(np.abs(y).max(axis=1) > 0, [True] * 5 + [False])
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_choices_one_after_another_equal_a_loop(bias):
+    """Two choices a token, one of them no expert. 1e-5: float32 sums of a few products."""
+    rng = np.random.default_rng(0)
+    shapes = [(E, D, 2 * F), (E, F, D)] + [(E, 2 * F), (E, D)] * bias
+    weights = experts.Weights(*(rng.normal(size=shape).astype(np.float32) for shape in shapes))
+    x, gate = (rng.normal(size=shape).astype(np.float32) for shape in ((4, D), (4, 2)))
+    expert = np.array([[2, 0], [1, E], [0, 2], [2, 1]])
+    y = jax.jit(functools.partial(experts.chosen_ffn, activation="geglu"))(x, expert, gate, weights)
+    expected = np.zeros((4, D))
+    for n, k in np.ndindex(4, 2):
+        if (e := expert[n, k]) < E:
+            up, down, *biases = (np.asarray(value[e], np.float64) for value in weights if value is not None)
+            up_bias, down_bias = biases or (0, 0)
+            hidden = activate(x[n] @ up + up_bias, "geglu")
+            expected[n] += gate[n, k] * (hidden @ down + down_bias)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_output_has_the_dtype_of_the_tokens(form):
     struct = jax.ShapeDtypeStruct
