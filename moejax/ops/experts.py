@@ -77,7 +77,8 @@ def chosen_ffn(x_ND: Array, expert_NK: Array, gate_NK: Array, weights: Weights, 
         return y_ND.at[token].add(y_1D[0]), None
 
     token_M = jnp.arange(expert_NK.size) // num_choices
-    return jax.lax.scan(add, jnp.zeros_like(x_ND), (token_M, expert_NK.reshape(-1), gate_NK.reshape(-1)))[0]
+    zeros_ND = jnp.zeros((x_ND.shape[0], weights.down_EFD.shape[-1]), x_ND.dtype)
+    return jax.lax.scan(add, zeros_ND, (token_M, expert_NK.reshape(-1), gate_NK.reshape(-1)))[0]
 
 
 def dropless_ffn(
