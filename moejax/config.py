@@ -19,6 +19,8 @@ SOURCES = (*CORPORA, "files", "tfds", "prepared")
 TOKENIZERS = ("bpe", "bytes", "gpt2", "sentencepiece", "hf")
 
 
+# Implementations of Mamba's scan, and the platform that each needs; "" = any
+SCANS = {"auto": "", "associative": "", "reference": "", "pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 ACTIVATIONS = ("relu", "gelu", "swiglu", "geglu")
 MOE_LOSSES = ("balance", "importance", "load", "z", "device", "communication", "sequence")
 
@@ -75,8 +77,8 @@ class MambaConfig:
     dt_rank: int = 0  # R, rank of the dt projection; 0 means ceil(d_model / 16)
     dt_min: float = 0.001  # dt at initialisation is log-uniform in [dt_min, dt_max]
     dt_max: float = 0.1
-    scan: str = "auto"  # auto, associative, reference
-    chunk_size: int = 8  # tokens scanned associatively at a time; the state is carried between chunks
+    scan: str = "auto"  # one of SCANS; auto: pallas_tpu on TPU, associative elsewhere
+    chunk_size: int = 8  # scan=associative: tokens scanned at a time; the state is carried between chunks
 
 
 @_config

@@ -65,6 +65,18 @@ def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
         )
 
 
+def check_scan(config: config_lib.Config, mesh: Mesh) -> None:
+    """Raises ConfigError if model.mamba.scan names an implementation for another platform than the mesh's."""
+    name, here = config.model.mamba.scan, mesh.devices.flat[0].platform
+    needed = config_lib.SCANS[name]
+    if config.model.uses("mamba") and needed not in ("", here):
+        *others, last = (scan for scan, platform in config_lib.SCANS.items() if platform in ("", here))
+        raise config_lib.ConfigError(
+            f"model.mamba.scan={name} needs a {needed.upper()}, and this is {here}; "
+            f"set it to {', '.join(others)} or {last}"
+        )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over the batch axes; everything else whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

@@ -77,7 +77,7 @@ def _validate_model(model: config_lib.ModelConfig) -> None:
             1e-4 <= mamba.dt_min <= mamba.dt_max,  # 1e-4 is the floor of Mamba's reference code
             f"model.mamba.dt_min={mamba.dt_min} must lie between 0.0001 and dt_max={mamba.dt_max}; change it",
         )
-        _one_of("model.mamba.scan", mamba.scan, ("auto", "associative", "reference"))
+        _one_of("model.mamba.scan", mamba.scan, tuple(config_lib.SCANS))
     if model.uses("attention"):
         heads = model.attention.num_heads
         _at_least(config, 1, "model.attention.num_heads")

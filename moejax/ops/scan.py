@@ -6,8 +6,10 @@ B batch, L sequence, I inner channels, N states a channel; c tokens a chunk.
     y[t] = C[t] . h[t] + D u[t]
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -46,20 +48,21 @@ def selective_scan(
         document. The first position of the row continues from `initial_state_BIN`. None for one document a row.
       initial_state_BIN: state before the first position; None for zeros.
       implementation: "reference" (a sequential `lax.scan`), "associative" (`jax.lax.associative_scan` within chunks,
-        the state carried between them), or None for the fastest supported one.
-      chunk_size: tokens a chunk of the associative implementation; L need not be a multiple of it.
+        the state carried between them), "pallas_tpu" or "pallas_gpu" (kernels that keep the state on the chip), or None
+        for the fastest that the platform supports: "pallas_tpu" on TPU, "associative" elsewhere, on GPU too, where
+        "pallas_gpu" has not been run yet.
+      chunk_size: tokens a chunk of the associative implementation; L need not be a multiple of it. The kernels have
+        chunks of their own.
 
     Returns:
       (y_BLI in the dtype of u, the state after the last position state_BIN in float32).
 
     Raises:
-      ValueError: an implementation that does not exist.
+      ValueError: an implementation that does not exist, that does not run on this platform (`traced_for`), or that
+        cannot hold so many states.
     """
     batch, _, inner = u_BLI.shape
-    if implementation is None:
-        implementation = "associative"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation} is not known; choose one of {', '.join(IMPLEMENTATIONS)}")
+    implementation = _choose(implementation)
     u32_BLI, dt_BLI, A_IN, B_BLN, C_BLN = (x.astype(jnp.float32) for x in (u_BLI, dt_BLI, A_IN, B_BLN, C_BLN))
     v_BLI = dt_BLI * u32_BLI
     if segment_ids_BL is not None:
@@ -71,6 +74,42 @@ def selective_scan(
     scan = functools.partial(IMPLEMENTATIONS[implementation], chunk_size=chunk_size)
     y_BLI, state_BIN = scan(v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, state_BIN)
     return (y_BLI + D_I.astype(jnp.float32) * u32_BLI).astype(u_BLI.dtype), state_BIN
+
+
+# Implementations that run on one platform alone.
+NEEDS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
+
+_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def traced_for(platform: str) -> Iterator[None]:
+    """Scans traced in this context are for `platform` ("cpu", "gpu", "tpu") and not for jax's default one.
+
+    A program compiled ahead of time, for devices that are not here, needs it. "interpreter" stands for every platform:
+    kernels then run as plain jax operations, slowly, for tests.
+    """
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
+def _choose(implementation: str | None) -> str:
+    platform = _platform.get() or jax.default_backend()
+    if implementation is None:
+        return "pallas_tpu" if platform == "tpu" else "associative"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation} is not known; choose one of {', '.join(IMPLEMENTATIONS)}")
+    needed = NEEDS.get(implementation, platform)
+    if platform not in (needed, "interpreter"):
+        *others, last = (name for name in IMPLEMENTATIONS if NEEDS.get(name, platform) == platform)
+        raise ValueError(
+            f"implementation={implementation} needs a {needed.upper()}, and this is {platform}; "
+            f"choose {', '.join(others)} or {last}"
+        )
+    return implementation
 
 
 def selective_step(
@@ -187,4 +226,17 @@ def _backward(residuals, gradients):
 _scan_chunks.defvjp(_forward, _backward)
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {"reference": _reference, "associative": _associative}
+def _pallas(v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, state_BIN, *, chunk_size, platform):
+    from moejax.ops import scan_pallas  # Pallas takes a second to import
+
+    del chunk_size
+    interpret = _platform.get() == "interpreter"
+    return scan_pallas.scan(v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, state_BIN, platform=platform, interpret=interpret)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
+    "reference": _reference,
+    "associative": _associative,
+    "pallas_tpu": functools.partial(_pallas, platform="tpu"),
+    "pallas_gpu": functools.partial(_pallas, platform="gpu"),
+}

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from moejax import partition
 from moejax.models import lm
+from moejax.ops import scan
 from moejax.training import loss
 
 EvalStep = Callable[[lm.Lm, dict[str, jax.Array]], dict[str, Any]]
@@ -18,7 +19,8 @@ def make_eval_step(mesh: Mesh) -> EvalStep:
     """The jitted forward pass: (model, batch) -> sums of `loss.sums` with the capacity factor of evaluation."""
 
     def eval_step(model: lm.Lm, batch: dict[str, jax.Array]) -> dict[str, Any]:
-        return loss.sums(model, batch, train=False)
+        with scan.traced_for(mesh.devices.flat[0].platform):
+            return loss.sums(model, batch, train=False)
 
     return jax.jit(eval_step, out_shardings=partition.replicated(mesh))
 

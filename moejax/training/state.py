@@ -17,7 +17,7 @@ from moejax import config as config_lib
 from moejax import partition
 from moejax.layers import moe
 from moejax.models import lm
-from moejax.ops import balance
+from moejax.ops import balance, scan
 from moejax.training import loss, optimizer
 
 Batch = dict[str, Array]
@@ -88,7 +88,8 @@ def make_train_step(
     def objective(
         params: Any, fixed: tuple[Any, Any], batch: Batch, num_tokens: Array, share: float
     ) -> tuple[Array, dict[str, Any]]:
-        sums = loss.sums(nnx.merge(fixed[0], params, fixed[1]), batch, train=True)
+        with scan.traced_for(mesh.devices.flat[0].platform):  # the mesh may be of devices that are not here
+            sums = loss.sums(nnx.merge(fixed[0], params, fixed[1]), batch, train=True)
         total = sums["nats"] / num_tokens
         if sums["moe"] is not None:
             losses = {name: share * value_L for name, value_L in sums["moe"].losses.items()}
