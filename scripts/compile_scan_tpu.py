@@ -22,8 +22,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
 
+from moejax import config, partition
 from moejax.ops import scan
 
 
@@ -44,8 +44,8 @@ def main() -> None:
     print(f"{'':<11}{'':<13}{'':<20}{'in + out':>9}{'temporary':>11}{'ratio':>7}{'compile s':>11}")
     for topology in a.topologies:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-        mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
-        split, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (("data",), ()))
+        mesh = partition.make_mesh(config.MeshConfig(), devices)
+        split, whole = partition.batch_sharding(mesh), partition.replicated(mesh)
 
         def array(*shape, place=split, dtype=a.dtype):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
@@ -62,8 +62,7 @@ def main() -> None:
                 ("forward", forward, (u, dt, A, B, B, D), split),
                 ("forward + backward", backward, (u, dt, A, B, B, D, u), (split, gradients)),
             ):
-                with scan.traced_for("tpu"):
-                    lowered = jax.jit(function, out_shardings=places).lower(*inputs)
+                lowered = jax.jit(partition.on_mesh(mesh, function), out_shardings=places).lower(*inputs)
                 begin = time.perf_counter()
                 memory = lowered.compile().memory_analysis()
                 seconds = time.perf_counter() - begin

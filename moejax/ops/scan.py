@@ -58,8 +58,8 @@ def selective_scan(
       (y_BLI in the dtype of u, the state after the last position state_BIN in float32).
 
     Raises:
-      ValueError: an implementation that does not exist, that does not run on this platform (`traced_for`), or that
-        cannot hold so many states.
+      ValueError: an implementation that does not exist, that does not run on this platform, or that cannot hold so
+        many states.
     """
     batch, _, inner = u_BLI.shape
     implementation = _choose(implementation)
@@ -79,31 +79,29 @@ def selective_scan(
 # Implementations that run on one platform alone.
 NEEDS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 
-_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+_interpreted: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreted", default=False)
 
 
 @contextlib.contextmanager
-def traced_for(platform: str) -> Iterator[None]:
-    """Scans traced in this context are for `platform` ("cpu", "gpu", "tpu") and not for jax's default one.
-
-    A program compiled ahead of time, for devices that are not here, needs it. "interpreter" stands for every platform:
-    kernels then run as plain jax operations, slowly, for tests.
-    """
-    token = _platform.set(platform)
+def interpreted() -> Iterator[None]:
+    """Kernels of any platform that are traced in this context run on this one, as plain jax operations: for tests."""
+    token = _interpreted.set(True)
     try:
         yield
     finally:
-        _platform.reset(token)
+        _interpreted.reset(token)
 
 
 def _choose(implementation: str | None) -> str:
-    platform = _platform.get() or jax.default_backend()
+    # A program may be compiled for a mesh of devices that are not here (`partition.on_mesh`).
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
     if implementation is None:
         return "pallas_tpu" if platform == "tpu" else "associative"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation} is not known; choose one of {', '.join(IMPLEMENTATIONS)}")
     needed = NEEDS.get(implementation, platform)
-    if platform not in (needed, "interpreter"):
+    if platform != needed and not _interpreted.get():
         *others, last = (name for name in IMPLEMENTATIONS if NEEDS.get(name, platform) == platform)
         raise ValueError(
             f"implementation={implementation} needs a {needed.upper()}, and this is {platform}; "
@@ -230,8 +228,8 @@ def _pallas(v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, state_BIN, *, chunk_size, platfor
     from moejax.ops import scan_pallas  # Pallas takes a second to import
 
     del chunk_size
-    interpret = _platform.get() == "interpreter"
-    return scan_pallas.scan(v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, state_BIN, platform=platform, interpret=interpret)
+    how = {"platform": platform, "interpret": _interpreted.get()}
+    return scan_pallas.scan(v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, state_BIN, **how)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {

@@ -8,19 +8,13 @@ channels lie along the vector lanes.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType
 
-# The dims of what goes into and comes out of a kernel. Rows and channels are independent of one another, so either may
-# be split over a mesh; a result without b or i is a sum over it.
-_FORWARD = "b l i, b l i, n i, b l n, b l n, b n i -> b l i, b k n i, b n i"
-_BACKWARD = "b l i, b l i, n i, b l n, b l n, b k n i, b l i, b n i -> b l i, b l i, n i, b l n, b l n, b n i"
+from moejax import partition
 
 
 def scan(
@@ -36,6 +30,8 @@ def scan(
 ) -> tuple[Array, Array]:
     """h[t] = exp(dt[t] A) h[t-1] + v[t] B[t]; y[t] = C[t] . h[t]: (y_BLI, the state after the last position state_BIN).
 
+    On a mesh (`partition.on_mesh`) each device scans its own rows and channels: no compiler can split a kernel.
+
     Args:
       v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, state_BIN: float32, of any length and width; dt A may be -inf.
       platform: whose kernels: tpu, gpu.
@@ -44,8 +40,11 @@ def scan(
     Raises:
       ValueError: more states a channel than the kernels of the platform can hold.
     """
-    arrays = (v_BLI, dt_BLI, A_IN.T, B_BLN, C_BLN, state_BIN.swapaxes(1, 2))
-    y_BLI, state_BNI = _scan(platform, interpret, *arrays)
+    run = functools.partial(_scan, platform, interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1 and AxisType.Manual not in mesh.axis_types:  # else this is one device's part already
+        run = partition.on_shards(run, "BLI BLI NI BLN BLN BNI", "BLI BNI")
+    y_BLI, state_BNI = run(v_BLI, dt_BLI, A_IN.T, B_BLN, C_BLN, state_BIN.swapaxes(1, 2))
     return y_BLI, state_BNI.swapaxes(1, 2)
 
 
@@ -55,20 +54,18 @@ def _scan(platform, interpret, *arrays):
 
 
 def _forward(platform, interpret, *arrays):
-    y_BLI, before_BKNI, state_BNI = _kernels(platform, interpret)[0](*arrays)
+    y_BLI, before_BKNI, state_BNI = _kernels(platform).forward(*arrays, interpret=interpret)
     return (y_BLI, state_BNI), (*arrays[:-1], before_BKNI)
 
 
 def _backward(platform, interpret, residuals, gradients):
-    return _kernels(platform, interpret)[1](*residuals, *gradients)
+    return _kernels(platform).backward(*residuals, *gradients, interpret=interpret)
 
 
 _scan.defvjp(_forward, _backward)
 
 
-@functools.cache
-def _kernels(platform: str, interpret: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """(forward, backward) of a platform, on arrays that may be split over a mesh."""
+def _kernels(platform: str):
     match platform:
         case "tpu":
             from moejax.ops import scan_pallas_tpu as kernels
@@ -76,33 +73,7 @@ def _kernels(platform: str, interpret: bool) -> tuple[Callable[..., Any], Callab
             from moejax.ops import scan_pallas_gpu as kernels
         case _:
             raise AssertionError(platform)
-    forward = functools.partial(kernels.forward, interpret=interpret)
-    backward = functools.partial(kernels.backward, interpret=interpret)
-    return _partitioned(forward, _FORWARD), _partitioned(backward, _BACKWARD)
-
-
-def _partitioned(local: Callable[..., tuple[Array, ...]], dims: str) -> Callable[..., Any]:
-    """`local` on each device's rows and channels. Left to itself, XLA would gather everything or refuse the kernel."""
-    operands, results = ([term.split() for term in side.split(",")] for side in dims.split("->"))
-
-    def partition(mesh, shapes, _):
-        rows, _, channels = shapes[0].sharding.spec  # v_BLI
-        axes = {"b": rows, "i": channels}
-
-        def place(terms: list[list[str]]) -> tuple[NamedSharding, ...]:
-            return tuple(NamedSharding(mesh, PartitionSpec(*(axes.get(dim) for dim in term))) for term in terms)
-
-        def on_shards(*arrays):
-            sums = [[axis for dim, axis in axes.items() if axis and dim not in term] for term in results]
-            values = zip(local(*arrays), sums, strict=True)
-            return tuple(functools.reduce(jax.lax.psum, over, value) for value, over in values)
-
-        return mesh, on_shards, place(results), place(operands)
-
-    # a lambda: the decorator looks at the function's name and signature
-    function = custom_partitioning.custom_partitioning(lambda *arrays: local(*arrays))
-    function.def_partition(partition, sharding_rule=dims, need_replication_factors=("l", "n", "k"))
-    return jax.custom_batching.sequential_vmap(function)
+    return kernels
 
 
 def pad(x: Array, *targets: int) -> Array:

@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 
 from moejax import partition
 from moejax.models import lm
-from moejax.ops import scan
 from moejax.training import loss
 
 EvalStep = Callable[[lm.Lm, dict[str, jax.Array]], dict[str, Any]]
@@ -19,10 +18,9 @@ def make_eval_step(mesh: Mesh) -> EvalStep:
     """The jitted forward pass: (model, batch) -> sums of `loss.sums` with the capacity factor of evaluation."""
 
     def eval_step(model: lm.Lm, batch: dict[str, jax.Array]) -> dict[str, Any]:
-        with scan.traced_for(mesh.devices.flat[0].platform):
-            return loss.sums(model, batch, train=False)
+        return loss.sums(model, batch, train=False)
 
-    return jax.jit(eval_step, out_shardings=partition.replicated(mesh))
+    return jax.jit(partition.on_mesh(mesh, eval_step), out_shardings=partition.replicated(mesh))
 
 
 def evaluate(model: lm.Lm, step: EvalStep, batches: Iterator[dict[str, Any]], mesh: Mesh) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from moejax import config as config_lib
 from moejax import partition
 from moejax.layers import moe
 from moejax.models import lm
-from moejax.ops import balance, scan
+from moejax.ops import balance
 from moejax.training import loss, optimizer
 
 Batch = dict[str, Array]
@@ -88,8 +88,7 @@ def make_train_step(
     def objective(
         params: Any, fixed: tuple[Any, Any], batch: Batch, num_tokens: Array, share: float
     ) -> tuple[Array, dict[str, Any]]:
-        with scan.traced_for(mesh.devices.flat[0].platform):  # the mesh may be of devices that are not here
-            sums = loss.sums(nnx.merge(fixed[0], params, fixed[1]), batch, train=True)
+        sums = loss.sums(nnx.merge(fixed[0], params, fixed[1]), batch, train=True)
         total = sums["nats"] / num_tokens
         if sums["moe"] is not None:
             losses = {name: share * value_L for name, value_L in sums["moe"].losses.items()}
@@ -148,7 +147,7 @@ def make_train_step(
 
     places, batch_place = shardings(config, mesh), partition.batch_sharding(mesh)
     return jax.jit(
-        train_step,
+        partition.on_mesh(mesh, train_step),
         in_shardings=(places, batch_place),
         out_shardings=(places, partition.replicated(mesh)),
         donate_argnums=0,
