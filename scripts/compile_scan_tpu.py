@@ -4,9 +4,9 @@
     python scripts/compile_scan_tpu.py                 # 4 rows a device, L=2048, I=1024, N=16
     python scripts/compile_scan_tpu.py --rows=16 --length=1024 --dtype=bfloat16 --topologies v5e:2x2
 
-Rows are split over all devices of the topology. Inputs are u, dt, A, B, C, D and, with the backward pass, the gradient
-of y; outputs are y and the gradients of all inputs. Temporary memory is what the compiled program reserves in HBM
-beside them.
+Rows, packed with documents, are split over all devices of the topology. Inputs are u, dt, A, B, C, D, segment ids and,
+with the backward pass, the gradient of y; outputs are y and the gradients of all inputs. Temporary memory is what the
+compiled program reserves in HBM beside them; what fits into buffers of outputs that are written later is not in it.
 """
 
 import argparse
@@ -52,15 +52,15 @@ def main() -> None:
 
         batch = a.rows * len(devices)
         u, dt = array(batch, a.length, a.inner), array(batch, a.length, a.inner, dtype=jnp.float32)
-        B = array(batch, a.length, a.state)
+        B, segments = array(batch, a.length, a.state), array(batch, a.length, dtype=jnp.int32)
         A, D = array(a.inner, a.state, place=whole, dtype=jnp.float32), array(a.inner, place=whole)
         for implementation in a.implementations:
             forward = functools.partial(forward_pass, implementation)
             backward = functools.partial(both_passes, implementation)
             gradients = (split, split, whole, split, split, whole)
             for kind, function, inputs, places in (
-                ("forward", forward, (u, dt, A, B, B, D), split),
-                ("forward + backward", backward, (u, dt, A, B, B, D, u), (split, gradients)),
+                ("forward", forward, (segments, u, dt, A, B, B, D), split),
+                ("forward + backward", backward, (segments, u, dt, A, B, B, D, u), (split, gradients)),
             ):
                 lowered = jax.jit(partition.on_mesh(mesh, function), out_shardings=places).lower(*inputs)
                 begin = time.perf_counter()
@@ -75,13 +75,13 @@ def main() -> None:
                 )
 
 
-def forward_pass(implementation, *inputs):
-    return scan.selective_scan(*inputs, implementation=implementation)[0]
+def forward_pass(implementation, segment_ids_BL, *inputs):
+    return scan.selective_scan(*inputs, segment_ids_BL=segment_ids_BL, implementation=implementation)[0]
 
 
-def both_passes(implementation, *inputs):
+def both_passes(implementation, segment_ids_BL, *inputs):
     *inputs, dy_BLI = inputs
-    y_BLI, pull_back = jax.vjp(functools.partial(forward_pass, implementation), *inputs)
+    y_BLI, pull_back = jax.vjp(functools.partial(forward_pass, implementation, segment_ids_BL), *inputs)
     return y_BLI, pull_back(dy_BLI)
 
 
