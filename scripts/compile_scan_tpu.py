@@ -16,7 +16,9 @@ import os
 import sys
 import time
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask a cloud machine what it is
+# libtpu would ask a cloud machine what it is, and warn where there is none
+for name, value in (("SKIP_MDS_QUERY", "1"), ("WORKER_HOSTNAMES", "localhost"), ("ACCELERATOR_TYPE", "v5litepod-4")):
+    os.environ.setdefault(f"TPU_{name}", value)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
@@ -66,6 +68,7 @@ def main() -> None:
                 begin = time.perf_counter()
                 memory = lowered.compile().memory_analysis()
                 seconds = time.perf_counter() - begin
+                assert memory is not None
                 outside = memory.argument_size_in_bytes + memory.output_size_in_bytes
                 ratio = memory.temp_size_in_bytes / outside
                 print(

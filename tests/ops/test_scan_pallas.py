@@ -179,7 +179,7 @@ def on(platform, function):
 ])  # fmt: skip
 def test_kernels_lower_for_a_platform_that_is_not_here(kernel, platform, call):
     """Forward and backward, as far as jax goes without the platform's compiler."""
-    inputs, _, _ = draw(6, inner=4)
+    inputs, _, _ = draw(6, inner=4, states=9)
 
     def gradients(*inputs):
         y, pull_back = jax.vjp(lambda *x: scan.selective_scan(*x, implementation=kernel)[0], *inputs)
