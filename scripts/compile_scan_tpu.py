@@ -17,8 +17,9 @@ import sys
 import time
 
 # libtpu would ask a cloud machine what it is, and warn where there is none
-for name, value in (("SKIP_MDS_QUERY", "1"), ("WORKER_HOSTNAMES", "localhost"), ("ACCELERATOR_TYPE", "v5litepod-4")):
-    os.environ.setdefault(f"TPU_{name}", value)
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax

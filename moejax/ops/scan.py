@@ -49,8 +49,8 @@ def selective_scan(
       initial_state_BIN: state before the first position; None for zeros.
       implementation: "reference" (a sequential `lax.scan`), "associative" (`jax.lax.associative_scan` within chunks,
         the state carried between them), "pallas_tpu" or "pallas_gpu" (kernels that keep the state on the chip), or None
-        for the fastest that the platform supports: "pallas_tpu" on TPU, "associative" elsewhere, on GPU too, where
-        "pallas_gpu" has not been run yet.
+        for the fastest that the platform supports: "pallas_tpu" on TPU up to 128 states a channel, "associative"
+        elsewhere, on GPU too, where "pallas_gpu" has not been run yet.
       chunk_size: tokens a chunk of the associative implementation; L need not be a multiple of it. The kernels have
         chunks of their own.
 
@@ -62,7 +62,7 @@ def selective_scan(
         many states.
     """
     batch, _, inner = u_BLI.shape
-    implementation = _choose(implementation)
+    implementation = _choose(implementation, A_IN.shape[1])
     u32_BLI, dt_BLI, A_IN, B_BLN, C_BLN = (x.astype(jnp.float32) for x in (u_BLI, dt_BLI, A_IN, B_BLN, C_BLN))
     v_BLI = dt_BLI * u32_BLI
     if segment_ids_BL is not None:
@@ -78,6 +78,7 @@ def selective_scan(
 
 # Implementations that run on one platform alone.
 NEEDS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
+MAX_TPU_STATES = 128  # states a channel that the TPU kernel holds on the chip
 
 _interpreted: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreted", default=False)
 
@@ -92,12 +93,12 @@ def interpreted() -> Iterator[None]:
         _interpreted.reset(token)
 
 
-def _choose(implementation: str | None) -> str:
+def _choose(implementation: str | None, num_states: int) -> str:
     # A program may be compiled for a mesh of devices that are not here (`partition.on_mesh`).
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
     if implementation is None:
-        return "pallas_tpu" if platform == "tpu" else "associative"
+        return "pallas_tpu" if platform == "tpu" and num_states <= MAX_TPU_STATES else "associative"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation} is not known; choose one of {', '.join(IMPLEMENTATIONS)}")
     needed = NEEDS.get(implementation, platform)

@@ -192,13 +192,14 @@ def test_kernels_lower_for_a_platform_that_is_not_here(kernel, platform, call):
 
 
 def test_the_fastest_is_the_kernel_on_tpu_and_the_associative_scan_elsewhere():
-    *inputs, _ = draw(5, inner=4)[0]
-
-    def is_kernel(platform):
+    def is_kernel(platform, states=4):
+        *inputs, _ = draw(5, inner=4, states=states)[0]
         return "pallas_call" in str(jax.make_jaxpr(on(platform, lambda *x: scan.selective_scan(*x)[0]))(*inputs))
 
     assert {name: is_kernel(name) for name in ("tpu", "gpu", "cpu")} == {"tpu": True, "gpu": False, "cpu": False}
-    assert "pallas_call" not in str(jax.make_jaxpr(scan.selective_scan)(*inputs))
+    assert scan_pallas_tpu.MAX_STATES == scan.MAX_TPU_STATES
+    assert is_kernel("tpu", scan.MAX_TPU_STATES)
+    assert not is_kernel("tpu", scan.MAX_TPU_STATES + 1)
 
 
 @every_kernel
