@@ -20,6 +20,8 @@ SOURCES = (*CORPORA, "files", "tfds", "prepared")
 TOKENIZERS = ("bpe", "bytes", "gpt2", "sentencepiece", "hf")
 
 
+# Implementations of Mamba's scan, and the platform that each needs; "" = any
+SCANS = {"auto": "", "associative": "", "unrolled": "", "reference": "", "pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 ACTIVATIONS = ("relu", "gelu", "swiglu", "geglu")
 MOE_LOSSES = ("balance", "importance", "load", "z", "device", "communication", "sequence")
 
@@ -76,7 +78,7 @@ class MambaConfig:
     dt_rank: int = 0  # R, rank of the dt projection; 0 means ceil(d_model / 16)
     dt_min: float = 0.001  # dt at initialisation is log-uniform in [dt_min, dt_max]
     dt_max: float = 0.1
-    scan: str = "auto"  # auto (the fastest here), associative, unrolled, reference
+    scan: str = "auto"  # one of SCANS; auto: pallas_tpu on TPU, unrolled on CPU, associative on GPU
     chunk_size: int = 0  # tokens scanned at a time, the state carried between chunks; 0 = d_state, but at least 8
     # Of "mamba_moe" sublayers: which of their projections are experts, with the settings of model.moe (MoE-Mamba's
     # Table 3): some of conv (to what is convolved and scanned), gate (to what gates it) and out. A "mamba" has none.

@@ -1,10 +1,12 @@
 """The device mesh, and the one table from logical axes to mesh axes.
 
-Layers name the logical axes of their parameters (`nnx.Param(value, axes=("embed", "ffn"))`); only this file knows the
-mesh axes behind those names.
+Layers name the logical axes of their parameters (`nnx.Param(value, axes=("embed", "ffn"))`), and ops the dims of their
+arrays ("BLI"); only this file knows the mesh axes behind those names.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +20,9 @@ BATCH_AXES = ("data", "fsdp", "expert")  # the rows of a batch are split over th
 
 # Logical axis of a parameter -> mesh axis. An axis that is not here is not split.
 RULES = {"vocab": "tensor", "embed": "fsdp", "ffn": "tensor", "inner": "tensor", "heads": "tensor", "expert": "expert"}
+
+# Dim of an activation, by its letter -> mesh axes. A dim that is not here is not split.
+DIMS = {"B": BATCH_AXES, "I": "tensor"}
 
 
 def make_mesh(config: config_lib.MeshConfig, devices: list[Any] | None = None) -> Mesh:
@@ -65,9 +70,53 @@ def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
         )
 
 
+def check_scan(config: config_lib.Config, mesh: Mesh) -> None:
+    """Raises ConfigError if model.mamba.scan names an implementation for another platform than the mesh's."""
+    name, here = config.model.mamba.scan, mesh.devices.flat[0].platform
+    needed = config_lib.SCANS[name]
+    uses = config.model.uses("mamba") or config.model.uses("mamba_moe")
+    if uses and needed not in ("", here):
+        *others, last = (scan for scan, platform in config_lib.SCANS.items() if platform in ("", here))
+        raise config_lib.ConfigError(
+            f"model.mamba.scan={name} needs a {needed.upper()}, and this is {here}; "
+            f"set it to {', '.join(others)} or {last}"
+        )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over the batch axes; everything else whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def _spec(dims: str) -> PartitionSpec:
+    """Of an array whose name ends in these letters."""
+    return PartitionSpec(*(DIMS.get(dim) for dim in dims))
+
+
+def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, traced so that the ops in it know the mesh and its platform, which need not be here."""
+
+    @functools.wraps(function)
+    def traced(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
+
+
+def on_shards(function: Callable[..., Any], inputs: str, outputs: str) -> Callable[..., Any]:
+    """`function` run by every device of the mesh on its own parts, with collectives of its own: a `jax.shard_map`.
+
+    Args:
+      function: of arrays; it sees those parts of them that `DIMS` gives to a device.
+      inputs: the dims of each argument, as "BLI IN"; an argument may be None.
+      outputs: those of each result. A result whose dims leave out an axis must be the same along it.
+    """
+    in_specs, out_specs = tuple(map(_spec, inputs.split())), tuple(map(_spec, outputs.split()))
+    # With check_vma every zero that starts a loop inside would have to be declared as different on every device.
+    return jax.shard_map(
+        function, in_specs=in_specs, out_specs=out_specs[0] if len(out_specs) == 1 else out_specs, check_vma=False
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -138,6 +138,19 @@ def test_a_batch_that_does_not_divide_over_the_mesh_says_what_would(capsys, corp
     assert not (tmp_path / "run").exists()
 
 
+def test_a_scan_that_needs_a_platform_which_is_not_here_says_what_runs_here(capsys, corpus, trained, tmp_path):
+    arguments = ["train", f"{CONFIG}:{corpus}", f"--workdir={tmp_path / 'run'}", "--config.model.mamba.scan=pallas_tpu"]
+    expected = "model.mamba.scan=pallas_tpu needs a TPU, and this is cpu; set it to auto, associative or reference"
+    assert refused(capsys, *arguments) == expected
+    assert not (tmp_path / "run").exists()
+    from_a_tpu = shutil.copytree(trained, tmp_path / "from_a_tpu")
+    text = (from_a_tpu / "config.json").read_text()
+    (from_a_tpu / "config.json").write_text(text.replace('"scan": "auto"', '"scan": "pallas_tpu"'))
+    for command in ("eval", "generate"):
+        rest = ["--prompt=a"] if command == "generate" else []
+        assert refused(capsys, command, f"--workdir={from_a_tpu}", *rest) == expected
+
+
 def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

@@ -32,7 +32,7 @@ def load(workdir: pathlib.Path) -> Run:
     """Opens a run's folder; changes nothing in it.
 
     Raises:
-      ConfigError: the folder holds no run, or no checkpoint that can be read.
+      ConfigError: the folder holds no run or no checkpoint that can be read, or its model does not run here.
     """
     config = folder.load_config(workdir)
     saved = workdir / "checkpoints"
@@ -41,6 +41,7 @@ def load(workdir: pathlib.Path) -> Run:
     if tokenizer is None:
         raise none
     mesh = partition.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
+    partition.check_scan(config, mesh)
     checkpoints = checkpoint.Checkpoints(saved, config.checkpoint, read_only=True)
     try:
         restored = checkpoints.restore(state.abstract(config, mesh), on_corrupt=folder.report_corrupt(workdir))

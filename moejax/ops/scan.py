@@ -6,8 +6,10 @@ B batch, L sequence, I inner channels, N states a channel; c tokens a chunk.
     y[t] = C[t] . h[t] + D u[t]
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -44,24 +46,24 @@ def selective_scan(
         document. The first position of the row continues from `initial_state_BIN`. None for one document a row.
       initial_state_BIN: state before the first position; None for zeros.
       implementation: "reference" (a sequential `lax.scan`), "associative" (`jax.lax.associative_scan` within chunks,
-        the state carried between them), "unrolled" (the same chunks step by step, without a loop in them), or None for
-        the fastest that the platform supports: "unrolled" on CPU (scripts/bench_scan.py), "associative" elsewhere.
+        the state carried between them), "unrolled" (the same chunks step by step, without a loop in them), "pallas_tpu"
+        or "pallas_gpu" (kernels that keep the state on the chip), or None for the fastest that the platform supports:
+        "unrolled" on CPU (scripts/bench_scan.py), "pallas_tpu" on TPU up to 128 states a channel, "associative"
+        elsewhere, on GPU too, where "pallas_gpu" has not been run yet.
       chunk_size: tokens a chunk of "associative" and "unrolled"; L need not be a multiple of it. None: N, but at least
-        8. The gradient keeps the state before each chunk: in chunks of N they take as much memory as u, for any N.
+        8. The gradient keeps the state before each chunk: in chunks of N they take as much memory as u, for any N. The
+        kernels have chunks of their own.
 
     Returns:
       (y_BLI in the dtype of u, the state after the last position state_BIN in float32).
 
     Raises:
-      ValueError: an implementation that does not exist.
+      ValueError: an implementation that does not exist, that does not run on this platform, or that cannot hold so
+        many states.
     """
     batch, _, inner = u_BLI.shape
     chunk_size = chunk_size or max(8, A_IN.shape[1])
-    if implementation is None:
-        is_short = chunk_size <= 32  # the compile time of "unrolled" grows with the chunk
-        implementation = "unrolled" if jax.default_backend() == "cpu" and is_short else "associative"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation} is not known; choose one of {', '.join(IMPLEMENTATIONS)}")
+    implementation = _choose(implementation, A_IN.shape[1], chunk_size)
     u32_BLI, dt_BLI, A_IN, B_BLN, C_BLN = (x.astype(jnp.float32) for x in (u_BLI, dt_BLI, A_IN, B_BLN, C_BLN))
     v_BLI = dt_BLI * u32_BLI
     if segment_ids_BL is not None:
@@ -73,6 +75,44 @@ def selective_scan(
     scan = functools.partial(IMPLEMENTATIONS[implementation], chunk_size=chunk_size)
     y_BLI, state_BIN = scan(v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, state_BIN)
     return (y_BLI + D_I.astype(jnp.float32) * u32_BLI).astype(u_BLI.dtype), state_BIN
+
+
+# Implementations that run on one platform alone.
+NEEDS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
+MAX_TPU_STATES = 128  # states a channel that the TPU kernel holds on the chip
+MAX_UNROLLED = 32  # tokens a chunk; the compile time of "unrolled" grows with them
+
+_interpreted: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreted", default=False)
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Kernels of any platform that are traced in this context run on this one, as plain jax operations: for tests."""
+    token = _interpreted.set(True)
+    try:
+        yield
+    finally:
+        _interpreted.reset(token)
+
+
+def _choose(implementation: str | None, num_states: int, chunk_size: int) -> str:
+    # A program may be compiled for a mesh of devices that are not here (`partition.on_mesh`).
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    if implementation is None:
+        if platform == "tpu" and num_states <= MAX_TPU_STATES:
+            return "pallas_tpu"
+        return "unrolled" if platform == "cpu" and chunk_size <= MAX_UNROLLED else "associative"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation} is not known; choose one of {', '.join(IMPLEMENTATIONS)}")
+    needed = NEEDS.get(implementation, platform)
+    if platform != needed and not _interpreted.get():
+        *others, last = (name for name in IMPLEMENTATIONS if NEEDS.get(name, platform) == platform)
+        raise ValueError(
+            f"implementation={implementation} needs a {needed.upper()}, and this is {platform}; "
+            f"choose {', '.join(others)} or {last}"
+        )
+    return implementation
 
 
 def selective_step(
@@ -228,8 +268,18 @@ def _backward_unrolled(A_NI, before_BNI, inputs, dy_cBI, g_BNI):
     return g_BNI, dinputs, dA_BNI.sum(axis=0)
 
 
+def _pallas(v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, state_BIN, *, chunk_size, platform):
+    from moejax.ops import scan_pallas  # Pallas takes a second to import
+
+    del chunk_size
+    how = {"platform": platform, "interpret": _interpreted.get()}
+    return scan_pallas.scan(v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, state_BIN, **how)
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "reference": _reference,
     "associative": _scan_with_gradient(_forward_associative, _backward_associative),
     "unrolled": _scan_with_gradient(_forward_unrolled, _backward_unrolled),
+    "pallas_tpu": functools.partial(_pallas, platform="tpu"),
+    "pallas_gpu": functools.partial(_pallas, platform="gpu"),
 }

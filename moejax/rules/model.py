@@ -59,7 +59,7 @@ def _validate_mamba(kind: str, config: config_lib.Config) -> None:
     )
     if kind == "mamba":
         at_least(config, 0, "model.mamba.dt_rank")
-        one_of("model.mamba.scan", mamba.scan, ("auto", "associative", "unrolled", "reference"))
+        one_of("model.mamba.scan", mamba.scan, tuple(config_lib.SCANS))
         return
     one_of("model.mamba2.scan", mamba.scan, ("auto", "chunked", "quadratic", "reference"))
     require(

@@ -147,7 +147,7 @@ def make_train_step(
 
     places, batch_place = shardings(config, mesh), partition.batch_sharding(mesh)
     return jax.jit(
-        train_step,
+        partition.on_mesh(mesh, train_step),
         in_shardings=(places, batch_place),
         out_shardings=(places, partition.replicated(mesh)),
         donate_argnums=0,

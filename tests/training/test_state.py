@@ -11,7 +11,8 @@ import tiny
 
 from moejax import config as config_lib
 from moejax import partition, rules
-from moejax.training import loss, state
+from moejax.ops import scan
+from moejax.training import evaluate, loss, state
 
 
 def make_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarray]:
@@ -160,3 +161,15 @@ def test_bf16_compute_trains_close_to_float32_with_float32_parameters(config):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model))
     assert rough["loss"] != exact["loss"]
     np.testing.assert_allclose(rough["loss"], exact["loss"], rtol=5e-3)  # bf16 has 8 bits: 0.4 % a rounding
+
+
+def test_steps_give_each_device_its_part_of_a_kernel(config):
+    """In training and in evaluation: a kernel that is not told of the mesh gathers everything, or fails."""
+    config.model.period, config.model.mamba.scan = ("mamba", "mlp"), "pallas_tpu"
+    mesh = partition.make_mesh(config.mesh)
+    model, batch = state.abstract(config, mesh), make_batch(config)
+    with scan.interpreted():
+        train = str(state.make_train_step(config, mesh).trace(model, batch).jaxpr)
+        held_out = str(evaluate.make_eval_step(mesh).trace(model.model, batch).jaxpr)
+    assert "shard_map[" in train
+    assert "shard_map[" in held_out
