@@ -1,5 +1,6 @@
 """The causal convolution is the sum of its definition, inside a document and nowhere else."""
 
+import re
 from typing import Any
 
 import jax
@@ -103,3 +104,18 @@ def test_one_tap_steps_with_an_empty_window():
     y, window = jax.jit(conv.causal_conv_step)(x[:, 0], np.zeros((2, 0, 3)), kernel, bias)
     np.testing.assert_allclose(y, x[:, 0] * kernel[0] + bias, atol=1e-6)
     assert window.shape == (2, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((2, 5, 3), (4, 1), (3,), (2, 5)), "kernel_WI has shape (4, 1), I=1, and x_BLI has I=3; make them equal"),
+        (((2, 5, 3), (4, 3), (1,), (2, 5)), "bias_I has shape (1,), I=1, and x_BLI has I=3; make them equal"),
+        (((2, 5, 3), (3,), (3,), (2, 5)), "kernel_WI has shape (3,); give it the dims (W, I)"),
+        (((2, 5, 3), (4, 3), (3,), (2, 6)), "segment_ids_BL has shape (2, 6), L=6, and x_BLI has L=5; make them equal"),
+    ],
+)
+def test_shapes_that_do_not_agree_are_an_error_that_names_the_argument(shapes, message):
+    *arrays, segments = map(np.zeros, shapes)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        conv.causal_conv(*arrays, segment_ids_BL=segments)
