@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 
 from moejax.layers import init
-from moejax.ops import attention
+from moejax.ops import attention, sequence
 
 
 class AttentionCache(NamedTuple):
@@ -62,9 +62,7 @@ class Attention(nnx.Module):
         if positions_BL is None:
             positions_BL = jnp.broadcast_to(jnp.arange(x_BLD.shape[1]), x_BLD.shape[:2])
         query_BLHQ, key_BLHQ, value_BLHQ = self._project(x_BLD, positions_BL)
-        y_BLHQ = attention.attention(
-            query_BLHQ, key_BLHQ, value_BLHQ, segment_ids_BL=segment_ids_BL, causal=self.causal
-        )
+        y_BLHQ = sequence.attention(query_BLHQ, key_BLHQ, value_BLHQ, segment_ids_BL=segment_ids_BL, causal=self.causal)
         return jnp.einsum("blhq,hqd->bld", y_BLHQ, self.out[...].astype(self.dtype))
 
     def init_cache(self, batch: int, max_length: int) -> AttentionCache:

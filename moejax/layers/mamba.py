@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 
 from moejax.layers import init
-from moejax.ops import conv, scan
+from moejax.ops import conv, scan, sequence
 
 
 class MambaCache(NamedTuple):
@@ -70,9 +70,9 @@ class Mamba(nnx.Module):
     def __call__(self, u_BLD: Array, *, segment_ids_BL: Array | None = None) -> Array:
         x_BLI, z_BLI = self._in(u_BLD)
         kernel_WI, bias_I = self.conv_kernel[...].astype(self.dtype), self.conv_bias[...].astype(self.dtype)
-        x_BLI = jax.nn.silu(conv.causal_conv(x_BLI, kernel_WI, bias_I, segment_ids_BL=segment_ids_BL))
+        x_BLI = jax.nn.silu(sequence.causal_conv(x_BLI, kernel_WI, bias_I, segment_ids_BL=segment_ids_BL))
         dt_BLI, B_BLN, C_BLN = self._select(x_BLI)
-        y_BLI, _ = scan.selective_scan(
+        y_BLI, _ = sequence.selective_scan(
             x_BLI,
             dt_BLI,
             -jnp.exp(self.A_log[...]),

@@ -20,7 +20,7 @@ def make_eval_step(mesh: Mesh) -> EvalStep:
     def eval_step(model: lm.Lm, batch: dict[str, jax.Array]) -> dict[str, Any]:
         return loss.sums(model, batch, train=False)
 
-    return jax.jit(eval_step, out_shardings=partition.replicated(mesh))
+    return jax.jit(partition.on_mesh(mesh, eval_step), out_shardings=partition.replicated(mesh))
 
 
 def evaluate(model: lm.Lm, step: EvalStep, batches: Iterator[dict[str, Any]], mesh: Mesh) -> dict[str, Any]:
