@@ -301,6 +301,7 @@ class MeshConfig:
     data: int = -1  # rows are split over data, fsdp and expert
     fsdp: int = 1  # parameters are split over it and gathered where they are used
     expert: int = 1  # experts are split over it
+    sequence: int = 1  # the positions of a row are split over it; must divide data.seq_length
     tensor: int = 1  # hidden widths are split over it
 
 

@@ -10,19 +10,20 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moejax import config as config_lib
 
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")  # the rows of a batch are split over these
 
 # Logical axis of a parameter -> mesh axis. An axis that is not here is not split.
 RULES = {"vocab": "tensor", "embed": "fsdp", "ffn": "tensor", "inner": "tensor", "heads": "tensor", "expert": "expert"}
 
 # Dim of an activation, by its letter -> mesh axes. A dim that is not here is not split.
-DIMS = {"B": BATCH_AXES, "I": "tensor"}
+DIMS = {"B": BATCH_AXES, "L": "sequence", "I": "tensor", "H": "tensor"}
 
 
 def make_mesh(config: config_lib.MeshConfig, devices: list[Any] | None = None) -> Mesh:
@@ -53,7 +54,7 @@ def num_batch_shards(mesh: Mesh) -> int:
 
 
 def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
-    """Raises ConfigError unless every device gets the same number of rows, and whole routing groups."""
+    """Raises ConfigError unless every device gets as many rows and positions as every other, and rows whole groups."""
     shards, microbatches = num_batch_shards(mesh), config.training.num_microbatches
     batch, moe = config.data.batch_size, config.model.moe
     if batch % (shards * microbatches) != 0:
@@ -62,7 +63,13 @@ def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
             f"data.batch_size={batch} does not divide over {shape or 'one device'} and "
             f"training.num_microbatches={microbatches}; set it to a multiple of {shards * microbatches}"
         )
-    tokens = batch // (shards * microbatches) * config.data.seq_length
+    parts, length = mesh.shape["sequence"], config.data.seq_length
+    if length % parts != 0:
+        raise config_lib.ConfigError(
+            f"mesh.sequence={parts} does not divide data.seq_length={length}; set mesh.sequence to a divisor of "
+            f"{length}, or data.seq_length to {length + -length % parts}"
+        )
+    tokens = batch // (shards * microbatches) * length
     if config.model.has_experts and moe.group_size and tokens % moe.group_size != 0:
         raise config_lib.ConfigError(
             f"model.moe.group_size={moe.group_size} does not divide the {tokens} tokens of a microbatch on a device, "
@@ -84,8 +91,8 @@ def check_scan(config: config_lib.Config, mesh: Mesh) -> None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the batch axes; everything else whole."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    """Of arrays [B, L]: rows over the batch axes, positions over `sequence`."""
+    return NamedSharding(mesh, _spec("BL"))
 
 
 def _spec(dims: str) -> PartitionSpec:
@@ -94,7 +101,10 @@ def _spec(dims: str) -> PartitionSpec:
 
 
 def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, traced so that the ops in it know the mesh and its platform, which need not be here."""
+    """The function, traced so that the ops in it know the mesh and its platform, which need not be here.
+
+    See `num_parts` and `on_shards`.
+    """
 
     @functools.wraps(function)
     def traced(*args: Any) -> Any:
@@ -102,6 +112,11 @@ def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args)
 
     return traced
+
+
+def num_parts(axis: str) -> int:
+    """Devices along an axis of the mesh that the code at hand is traced on; 1 where there is none."""
+    return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
 def on_shards(function: Callable[..., Any], inputs: str, outputs: str) -> Callable[..., Any]:
@@ -117,6 +132,26 @@ def on_shards(function: Callable[..., Any], inputs: str, outputs: str) -> Callab
     return jax.shard_map(
         function, in_specs=in_specs, out_specs=out_specs[0] if len(out_specs) == 1 else out_specs, check_vma=False
     )
+
+
+def reader(mesh: Mesh, process: int) -> tuple[int, int]:
+    """(i, n): the process reads the i-th of n equal parts of a batch's rows, all that its devices need.
+
+    Processes between which rows are split, over `sequence`, or copied, over `tensor`, read the same part.
+
+    Raises:
+      ConfigError: the devices of the processes do not need equal parts.
+    """
+    owners = np.array([device.process_index for device in mesh.devices.flat]).reshape(num_batch_shards(mesh), -1)
+    needs = {int(owner): tuple(np.flatnonzero((owners == owner).any(axis=1))) for owner in np.unique(owners)}
+    parts = sorted(set(needs.values()))
+    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) > len(owners):
+        shape = " x ".join(f"mesh.{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+        raise config_lib.ConfigError(
+            f"{shape} gives the {len(needs)} hosts unequal parts of a batch's rows; set mesh.sequence x mesh.tensor to "
+            "a divisor or a multiple of the devices of a host"
+        )
+    return parts.index(needs[process]), len(parts)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -27,16 +27,17 @@ def error_of(call):
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        ({"data": -1}, (8, 1, 1, 1)),
-        ({"data": -1, "fsdp": 2, "tensor": 2}, (2, 2, 1, 2)),
-        ({"expert": -1, "data": 4}, (4, 1, 2, 1)),
-        ({"data": 2, "fsdp": -1, "expert": 4}, (2, 1, 4, 1)),
-        ({"data": 2, "fsdp": 2, "expert": 2}, (2, 2, 2, 1)),
+        ({"data": -1}, (8, 1, 1, 1, 1)),
+        ({"data": -1, "fsdp": 2, "tensor": 2}, (2, 2, 1, 1, 2)),
+        ({"expert": -1, "data": 4}, (4, 1, 2, 1, 1)),
+        ({"data": 2, "fsdp": -1, "expert": 4}, (2, 1, 4, 1, 1)),
+        ({"data": 2, "fsdp": 2, "expert": 2}, (2, 2, 2, 1, 1)),
+        ({"data": 2, "sequence": -1}, (2, 1, 1, 4, 1)),
     ],
 )
 def test_minus_one_takes_the_devices_that_the_others_leave(sizes, shape):
     mesh = mesh_of(**sizes)
-    assert mesh.axis_names == ("data", "fsdp", "expert", "tensor")
+    assert mesh.axis_names == ("data", "fsdp", "expert", "sequence", "tensor")
     assert tuple(mesh.shape.values()) == shape
     assert partition.num_batch_shards(mesh) == shape[0] * shape[1] * shape[2]
 
@@ -51,18 +52,18 @@ def test_a_mesh_over_some_of_the_devices():
     [
         (
             {"data": 3},
-            "mesh.data=3, mesh.fsdp=1, mesh.expert=1, mesh.tensor=1 does not multiply to the 8 devices here; "
-            "set one axis to -1 for the rest and the others to divisors of 8",
+            "mesh.data=3, mesh.fsdp=1, mesh.expert=1, mesh.sequence=1, mesh.tensor=1 does not multiply to the 8 "
+            "devices here; set one axis to -1 for the rest and the others to divisors of 8",
         ),
         (
             {"data": -1, "fsdp": 3},
-            "mesh.data=-1, mesh.fsdp=3, mesh.expert=1, mesh.tensor=1 does not multiply to the 8 devices here; "
-            "set one axis to -1 for the rest and the others to divisors of 8",
+            "mesh.data=-1, mesh.fsdp=3, mesh.expert=1, mesh.sequence=1, mesh.tensor=1 does not multiply to the 8 "
+            "devices here; set one axis to -1 for the rest and the others to divisors of 8",
         ),
         (
             {"data": 16},
-            "mesh.data=16, mesh.fsdp=1, mesh.expert=1, mesh.tensor=1 does not multiply to the 8 devices here; "
-            "set one axis to -1 for the rest and the others to divisors of 8",
+            "mesh.data=16, mesh.fsdp=1, mesh.expert=1, mesh.sequence=1, mesh.tensor=1 does not multiply to the 8 "
+            "devices here; set one axis to -1 for the rest and the others to divisors of 8",
         ),
     ],
 )
@@ -103,9 +104,60 @@ def test_every_device_gets_the_same_rows_and_whole_routing_groups():
         "model.moe.group_size=64 does not divide the 16 tokens of a microbatch on a device, "
         "and a group never spans devices; set it to 0 or to a divisor"
     )
+    split = mesh_of(data=2, sequence=4)
+    partition.check_batch(batch_config(4, seq_length=12), split)
+    assert error_of(lambda: partition.check_batch(batch_config(4, seq_length=10), split)) == (
+        "mesh.sequence=4 does not divide data.seq_length=10; set mesh.sequence to a divisor of 10, "
+        "or data.seq_length to 12"
+    )
     dense = batch_config(8, group_size=64)
     dense.model.period = ("mamba",)
     partition.check_batch(dense, mesh)  # no MoE layer, no groups
+
+
+def test_a_batch_is_split_by_rows_and_by_positions():
+    mesh = mesh_of(data=2, sequence=2, tensor=2)
+    batch = jax.device_put(np.arange(16).reshape(2, 8), partition.batch_sharding(mesh))
+    parts = {(shard.index[0].start, *map(int, shard.data[0])) for shard in batch.addressable_shards}
+    assert parts == {(0, 0, 1, 2, 3), (0, 4, 5, 6, 7), (1, 8, 9, 10, 11), (1, 12, 13, 14, 15)}
+
+
+class Host:
+    """A device of a machine, as far as `reader` looks."""
+
+    def __init__(self, process_index):
+        self.process_index = process_index
+
+
+class HostMesh:
+    """A mesh of devices that are not there: (data, fsdp, expert, sequence, tensor), so many a machine, in order."""
+
+    def __init__(self, *shape, a_machine):
+        self.shape = dict(zip(partition.AXES, shape, strict=True))
+        self.devices = np.array([Host(i // a_machine) for i in range(np.prod(shape))]).reshape(shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "a_machine", "parts"),
+    [
+        ((8, 1, 1, 1, 1), 4, [(0, 2), (1, 2)]),
+        ((2, 1, 2, 1, 2), 2, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ((2, 1, 1, 4, 1), 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # two machines have half a row each
+        ((2, 1, 1, 2, 2), 1, [(0, 2)] * 4 + [(1, 2)] * 4),
+        ((1, 1, 1, 8, 1), 2, [(0, 1)] * 4),
+    ],
+)
+def test_machines_that_share_rows_read_the_same_part_of_a_batch(shape, a_machine, parts):
+    mesh = HostMesh(*shape, a_machine=a_machine)
+    assert [partition.reader(mesh, process) for process in range(len(parts))] == parts
+
+
+def test_machines_whose_devices_need_unequal_parts_are_refused():
+    message = error_of(lambda: partition.reader(HostMesh(4, 1, 1, 3, 1, a_machine=4), 0))
+    assert message == (
+        "mesh.data=4 x mesh.sequence=3 gives the 3 hosts unequal parts of a batch's rows; set mesh.sequence x "
+        "mesh.tensor to a divisor or a multiple of the devices of a host"
+    )
 
 
 # --- parameters ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 
 from moejax.layers import init
-from moejax.ops import attention
+from moejax.ops import attention, sequence
 
 
 class AttentionCache(NamedTuple):
@@ -108,9 +108,7 @@ class Attention(nnx.Module):
         return jnp.einsum("bhq,hqd->bd", y_BHQ, self.out[...].astype(self.dtype)), cache
 
     def _attend(self, query_BLHQ: Array, key_BLHQ: Array, value_BLHQ: Array, segment_ids_BL: Array | None) -> Array:
-        y_BLHQ = attention.attention(
-            query_BLHQ, key_BLHQ, value_BLHQ, segment_ids_BL=segment_ids_BL, causal=self.causal
-        )
+        y_BLHQ = sequence.attention(query_BLHQ, key_BLHQ, value_BLHQ, segment_ids_BL=segment_ids_BL, causal=self.causal)
         return jnp.einsum("blhq,hqd->bld", y_BLHQ, self.out[...].astype(self.dtype))
 
     def _project(self, x_BLD: Array, positions_BL: Array) -> tuple[Array, Array, Array]:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 
 from moejax.layers import init
-from moejax.ops import conv, scan
+from moejax.ops import conv, scan, sequence
 
 
 class MambaCache(NamedTuple):
@@ -71,9 +71,9 @@ class Ssm(nnx.Module):
     def _mix(self, inputs_BLI: Array, segment_ids_BL: Array | None) -> tuple[Array, MambaCache]:
         """(y_BLI, the cache after the last position, of its document)."""
         kernel_WI, bias_I = self.conv_kernel[...].astype(self.dtype), self.conv_bias[...].astype(self.dtype)
-        x_BLI = jax.nn.silu(conv.causal_conv(inputs_BLI, kernel_WI, bias_I, segment_ids_BL=segment_ids_BL))
+        x_BLI = jax.nn.silu(sequence.causal_conv(inputs_BLI, kernel_WI, bias_I, segment_ids_BL=segment_ids_BL))
         dt_BLI, B_BLN, C_BLN = self._select(x_BLI)
-        y_BLI, state_BIN = scan.selective_scan(
+        y_BLI, state_BIN = sequence.selective_scan(
             x_BLI,
             dt_BLI,
             -jnp.exp(self.A_log[...]),

@@ -6,6 +6,8 @@ B batch, L sequence, I channels, W taps.
 import jax.numpy as jnp
 from jax import Array
 
+from moejax.ops import shapes
+
 
 def causal_conv(x_BLI: Array, kernel_WI: Array, bias_I: Array, *, segment_ids_BL: Array | None = None) -> Array:
     """y[t] = bias + sum_w kernel[w] * x[t - (W-1) + w], the convolution of Mamba (arXiv 2312.00752, section 3.4).
@@ -20,7 +22,11 @@ def causal_conv(x_BLI: Array, kernel_WI: Array, bias_I: Array, *, segment_ids_BL
 
     Returns:
       y_BLI in the dtype of x.
+
+    Raises:
+      ValueError: shapes that do not agree.
     """
+    shapes.check(x_BLI=x_BLI, kernel_WI=kernel_WI, bias_I=bias_I, segment_ids_BL=segment_ids_BL)
     num_taps, length = kernel_WI.shape[0], x_BLI.shape[1]
     y_BLI = x_BLI * kernel_WI[-1] + bias_I
     for lag in range(1, min(num_taps, length)):

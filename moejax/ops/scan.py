@@ -15,9 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from moejax.ops import shapes
+
 # The step size that stands for a document boundary: exp(dt A) is then exactly 0 for every A below -1e-28, so the state
 # forgets all before. It costs nothing; a mask multiplied into the decay made the scan 1.4 times slower on CPU.
 _FORGET_DT = 1e30
+
+# (v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, state before the first position) -> (y_BLI without the skip, last state), float32
+Core = Callable[[Array, Array, Array, Array, Array, Array], tuple[Array, Array]]
 
 
 def selective_scan(
@@ -59,21 +64,51 @@ def selective_scan(
 
     Raises:
       ValueError: an implementation that does not exist, that does not run on this platform, or that cannot hold so
-        many states.
+        many states; shapes that do not agree.
     """
-    batch, _, inner = u_BLI.shape
-    chunk_size = chunk_size or max(8, A_IN.shape[1])
-    implementation = _choose(implementation, A_IN.shape[1], chunk_size)
-    u32_BLI, dt_BLI, A_IN, B_BLN, C_BLN = (x.astype(jnp.float32) for x in (u_BLI, dt_BLI, A_IN, B_BLN, C_BLN))
-    v_BLI = dt_BLI * u32_BLI
+    starts_BL = None
     if segment_ids_BL is not None:
-        first_BL = jnp.pad(segment_ids_BL[:, 1:] != segment_ids_BL[:, :-1], ((0, 0), (1, 0)))
-        dt_BLI = jnp.where(first_BL[..., None], _FORGET_DT, dt_BLI)
-    state_BIN = jnp.zeros((batch, inner, A_IN.shape[1]), jnp.float32)
+        starts_BL = jnp.pad(segment_ids_BL[:, 1:] != segment_ids_BL[:, :-1], ((0, 0), (1, 0)))
+    state_BIN = jnp.zeros((u_BLI.shape[0], *A_IN.shape), jnp.float32)
     if initial_state_BIN is not None:
         state_BIN = initial_state_BIN.astype(jnp.float32)
-    scan = functools.partial(IMPLEMENTATIONS[implementation], chunk_size=chunk_size)
-    y_BLI, state_BIN = scan(v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, state_BIN)
+    recurrence = core(implementation, chunk_size, A_IN.shape[1])
+    return with_core(recurrence, u_BLI, dt_BLI, A_IN, B_BLN, C_BLN, D_I, starts_BL, state_BIN)
+
+
+def core(implementation: str | None, chunk_size: int | None, num_states: int) -> Core:
+    """The recurrence alone, by the name of its implementation; arguments and errors as of `selective_scan`."""
+    chunk_size = chunk_size or max(8, num_states)
+    return functools.partial(IMPLEMENTATIONS[_choose(implementation, num_states, chunk_size)], chunk_size=chunk_size)
+
+
+def with_core(
+    recurrence: Core,
+    u_BLI: Array,
+    dt_BLI: Array,
+    A_IN: Array,
+    B_BLN: Array,
+    C_BLN: Array,
+    D_I: Array,
+    starts_BL: Array | None,
+    state_BIN: Array,
+) -> tuple[Array, Array]:
+    """`selective_scan` by a given recurrence; the state is reset before the positions of starts_BL."""
+    shapes.check(
+        u_BLI=u_BLI,
+        dt_BLI=dt_BLI,
+        A_IN=A_IN,
+        B_BLN=B_BLN,
+        C_BLN=C_BLN,
+        D_I=D_I,
+        segment_ids_BL=starts_BL,
+        initial_state_BIN=state_BIN,
+    )
+    u32_BLI, dt_BLI, A_IN, B_BLN, C_BLN = (x.astype(jnp.float32) for x in (u_BLI, dt_BLI, A_IN, B_BLN, C_BLN))
+    v_BLI = dt_BLI * u32_BLI
+    if starts_BL is not None:
+        dt_BLI = jnp.where(starts_BL[..., None], _FORGET_DT, dt_BLI)
+    y_BLI, state_BIN = recurrence(v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, state_BIN)
     return (y_BLI + D_I.astype(jnp.float32) * u32_BLI).astype(u_BLI.dtype), state_BIN
 
 

@@ -115,7 +115,7 @@ def make_train_step(
             """(B, ...) -> (parts, B / parts, ...), each part spread over all devices, the rows of a group together."""
             x = x.reshape(-1, parts, rows, *x.shape[1:]).swapaxes(0, 1)
             x = x.reshape(parts, -1, *x.shape[3:])
-            spec = jax.sharding.PartitionSpec(None, *part_sharding.spec)
+            spec = jax.sharding.PartitionSpec(None, *part_sharding.spec[: x.ndim - 1])
             return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, spec))
 
         split_batch = jax.tree.map(split, batch)

@@ -114,13 +114,14 @@ def run_steps(
     console = metrics.Console(num_steps=num_steps, step=start, log_every=config.training.log_every)
     log = RowLog(config, writer, console, start)
     probe = probe_lib.Probe(workdir, step=start)
-    batches = pipeline.train_batches(data, config.data, start, host=jax.process_index(), num_hosts=jax.process_count())
-    place = partition.batch_sharding(mesh)
+    host, num_hosts = partition.reader(mesh, jax.process_index())
+    batches = pipeline.train_batches(data, config.data, start, host=host, num_hosts=num_hosts)
+    place, shape = partition.batch_sharding(mesh), (config.data.batch_size, config.data.seq_length)
     try:
         for step in range(start + 1, num_steps + 1):
             # a copy: a worker's arrays lie in memory that it takes back, and jax on CPU would keep them without copying
             local = jax.tree.map(np.array, next(batches))
-            batch = jax.tree.map(lambda part: jax.make_array_from_process_local_data(place, part), local)
+            batch = jax.tree.map(lambda part: jax.make_array_from_process_local_data(place, part, shape), local)
             state, step_metrics = train_step(state, batch)
             log.finish_pending(checkpoints)
             log.pending = (step, step_metrics)

@@ -324,3 +324,22 @@ def test_batch_stacks_rows_under_the_names_of_batches():
         "encoder_inputs_BL", "encoder_mask_BL", "decoder_inputs_BM", "targets_BM", "loss_mask_BM",
     ]  # fmt: skip
     assert batch["encoder_inputs_BL"].shape == (2, 64)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[1, 1, 2, 0], [1, 2, 1, 0]], "goes back from 2 to 1 in row 1 at position 2;"),
+        ([[3, 2, 2, 1]], "goes back from 3 to 2 in row 0 at position 1;"),
+        ([[1, 2, 0, 1]], "goes back from 2 to 1 in row 0 at position 3;"),
+    ],
+)
+def test_segment_ids_that_go_backwards_are_refused(ids, message):
+    rows = [{"segment_ids_L": np.array(row, np.int32)} for row in ids]
+    with pytest.raises(ValueError, match=f"^segment_ids_BL {message} number the documents of a row 1, 2, [^\n]*$"):
+        packing.batch(rows)
+
+
+def test_padding_may_lie_before_between_and_after_documents_whose_ids_rise():
+    rows = [{"segment_ids_L": np.array(row, np.int32)} for row in ([0, 0, 1, 1], [1, 0, 2, 0], [1, 5, 5, 9], [0] * 4)]
+    assert packing.batch(rows)["segment_ids_BL"].shape == (4, 4)

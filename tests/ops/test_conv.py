@@ -1,5 +1,6 @@
 """The causal convolution is the sum of its definition, inside a document and nowhere else."""
 
+import re
 from typing import Any
 
 import jax
@@ -115,3 +116,18 @@ def test_the_window_after_a_row_is_its_last_inputs_of_the_same_document():
     np.testing.assert_array_equal(window(x, segments), expected)
     np.testing.assert_array_equal(window(x[:, :2], None), np.pad(x[:, :2], ((0, 0), (1, 0), (0, 0))))
     assert conv.final_window(x, 1).shape == (2, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((2, 5, 3), (4, 1), (3,), (2, 5)), "kernel_WI has shape (4, 1), I=1, and x_BLI has I=3; make them equal"),
+        (((2, 5, 3), (4, 3), (1,), (2, 5)), "bias_I has shape (1,), I=1, and x_BLI has I=3; make them equal"),
+        (((2, 5, 3), (3,), (3,), (2, 5)), "kernel_WI has shape (3,); give it the dims (W, I)"),
+        (((2, 5, 3), (4, 3), (3,), (2, 6)), "segment_ids_BL has shape (2, 6), L=6, and x_BLI has L=5; make them equal"),
+    ],
+)
+def test_shapes_that_do_not_agree_are_an_error_that_names_the_argument(shapes, message):
+    *arrays, segments = map(np.zeros, shapes)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        conv.causal_conv(*arrays, segment_ids_BL=segments)

@@ -5,6 +5,7 @@ short, so 2e-5 of the largest value is a bound with room.
 """
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -220,6 +221,29 @@ def test_an_unknown_implementation_is_an_error_that_names_the_known_ones():
     *inputs, _ = draw(2)
     with pytest.raises(ValueError, match=r"implementation=cuda is not known; choose one of .*reference"):
         scan.selective_scan(*inputs, implementation="cuda")
+
+
+@pytest.mark.parametrize(
+    ("place", "shape", "message"),
+    [
+        (1, (2, 8, 4), "dt_BLI has shape (2, 8, 4), I=4, and u_BLI has I=3; make them equal"),
+        (2, (2, 4), "A_IN has shape (2, 4), I=2, and u_BLI has I=3; make them equal"),
+        (3, (2, 8, 5), "B_BLN has shape (2, 8, 5), N=5, and A_IN has N=4; make them equal"),
+        (4, (2, 8, 1), "C_BLN has shape (2, 8, 1), N=1, and A_IN has N=4; make them equal"),
+        (4, (2, 7, 4), "C_BLN has shape (2, 7, 4), L=7, and u_BLI has L=8; make them equal"),
+        (4, (2, 4), "C_BLN has shape (2, 4); give it the dims (B, L, N)"),
+        (5, (1,), "D_I has shape (1,), I=1, and u_BLI has I=3; make them equal"),
+        (6, (2, 4, 3), "initial_state_BIN has shape (2, 4, 3), I=4, and u_BLI has I=3; make them equal"),
+        (7, (1, 8), "segment_ids_BL has shape (1, 8), B=1, and u_BLI has B=2; make them equal"),
+    ],
+)
+def test_shapes_that_do_not_agree_are_an_error_that_names_the_argument(place, shape, message):
+    """Also those that numpy's rules would broadcast."""
+    inputs = [*draw(), draw_segments()]
+    inputs[place] = np.zeros(shape, inputs[place].dtype)
+    *arrays, state, segments = inputs
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        scan.selective_scan(*arrays, initial_state_BIN=state, segment_ids_BL=segments)
 
 
 def test_steps_one_by_one_equal_the_sequence():

@@ -116,16 +116,17 @@ def test_microbatches_change_no_number_though_rows_count_different_tokens(config
             np.testing.assert_allclose(split_value, value, rtol=2e-5, atol=1e-6, err_msg=name)
 
 
-def test_microbatches_on_four_of_eight_devices_change_no_number(config):
+def test_microbatches_of_rows_and_parts_of_rows_on_eight_devices_change_no_number(config):
+    config.model.moe.router = "switch"  # with noise: keys are split by rows alone
     whole, whole_metrics = one_step(config)
-    config.mesh = config_lib.MeshConfig(data=4, tensor=2)
+    config.mesh = config_lib.MeshConfig(data=2, sequence=4)
     config.training.num_microbatches = 2
     split, split_metrics = one_step(config)
     assert_same_update(whole, split, 2e-5)
     np.testing.assert_allclose(split_metrics["loss"], whole_metrics["loss"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("axis", ["data", "fsdp", "expert", "tensor"])
+@pytest.mark.parametrize("axis", ["data", "fsdp", "expert", "sequence", "tensor"])
 def test_the_update_does_not_depend_on_the_mesh(config, axis):
     one, one_metrics = one_step(config)
     config.mesh = config_lib.MeshConfig(data=-1)
@@ -137,6 +138,20 @@ def test_the_update_does_not_depend_on_the_mesh(config, axis):
     np.testing.assert_array_equal(many_metrics["routing"]["load"], one_metrics["routing"]["load"])
     np.testing.assert_array_equal(many_metrics["routing"]["dropped"], one_metrics["routing"]["dropped"])
     assert_same_update(one, many, 2e-5)
+
+
+def test_training_and_evaluation_are_traced_on_their_mesh(config):
+    """Else XLA alone would split the sequence: the same numbers, but it would gather whole rows for the scan."""
+    for axis in ("data", "sequence"):
+        config.mesh = config_lib.MeshConfig(**{"data": 1, axis: 8})
+        mesh, batch = partition.make_mesh(config.mesh), make_batch(config)
+        initial = state.abstract(config, mesh)
+        programs = (
+            state.make_train_step(config, mesh).trace(initial, batch),
+            evaluate.make_eval_step(mesh).trace(initial.model, batch),
+        )
+        for program in programs:
+            assert ("ppermute" in str(program.jaxpr)) == (axis == "sequence")
 
 
 def test_the_state_lives_where_its_shardings_say_and_the_old_one_is_consumed(config):

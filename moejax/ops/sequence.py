@@ -1,0 +1,203 @@
+"""The ops that mix positions, on a mesh whose axis `sequence` splits them: each device has a part of every row.
+
+B batch, L sequence (of a device, inside a shard), M the whole sequence, I inner channels, N states a channel, W taps,
+H heads, Q head width.
+
+Where nothing splits the sequence, each function is the op of the same name. Where something does:
+
+- `causal_conv` gets the last W - 1 inputs of the part on its left;
+- `selective_scan` first runs over its part from a state of zero. The state that this leaves behind and the decay over
+  the part are all that the parts on its right need of it: `carried_state` makes of them the state before each part, and
+  the scan runs again from there, so that what comes out is the scan's own;
+- `attention` gathers keys and values, and keeps its queries.
+
+A document that begins inside a part decays what was before it to exactly 0, so boundaries need nothing else, but for
+one between two parts: the segment id on its left is compared with the first one here.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from moejax import partition
+from moejax.ops import attention as whole_attention
+from moejax.ops import conv, scan
+
+AXIS = "sequence"
+
+
+def causal_conv(x_BLI: Array, kernel_WI: Array, bias_I: Array, *, segment_ids_BL: Array | None = None) -> Array:
+    """`conv.causal_conv`; the parts of a row may be shorter than the kernel."""
+    if partition.num_parts(AXIS) == 1:
+        return conv.causal_conv(x_BLI, kernel_WI, bias_I, segment_ids_BL=segment_ids_BL)
+    return partition.on_shards(_causal_conv, "BLI WI I BL", "BLI")(x_BLI, kernel_WI, bias_I, segment_ids_BL)
+
+
+def selective_scan(
+    u_BLI: Array,
+    dt_BLI: Array,
+    A_IN: Array,
+    B_BLN: Array,
+    C_BLN: Array,
+    D_I: Array,
+    *,
+    segment_ids_BL: Array | None = None,
+    implementation: str | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Array, Array]:
+    """`scan.selective_scan` from a state of zero."""
+    arrays = (u_BLI, dt_BLI, A_IN, B_BLN, C_BLN, D_I)
+    if partition.num_parts(AXIS) == 1:
+        return scan.selective_scan(
+            *arrays, segment_ids_BL=segment_ids_BL, implementation=implementation, chunk_size=chunk_size
+        )
+    of_part = functools.partial(_selective_scan, scan.core(implementation, chunk_size, A_IN.shape[1]))
+    return partition.on_shards(of_part, "BLI BLI IN BLN BLN I BL", "BLI BIN")(*arrays, segment_ids_BL)
+
+
+def attention(
+    query_BLHQ: Array, key_BLHQ: Array, value_BLHQ: Array, *, segment_ids_BL: Array | None = None, causal: bool = True
+) -> Array:
+    """`attention.attention`."""
+    arrays = (query_BLHQ, key_BLHQ, value_BLHQ)
+    if partition.num_parts(AXIS) == 1:
+        return whole_attention.attention(*arrays, segment_ids_BL=segment_ids_BL, causal=causal)
+    run = partition.on_shards(functools.partial(_attention, causal=causal), "BLHQ BLHQ BLHQ BL", "BLHQ")
+    return run(*arrays, segment_ids_BL)
+
+
+# --- between parts; below, every function runs on one device of many ------------------------------------------------
+
+
+def from_left(x: Array, hops: int = 1) -> Array:
+    """x of the device so many parts to the left (to the right, if negative); zeros where there is none."""
+    parts = range(jax.lax.axis_size(AXIS))
+    return jax.lax.ppermute(x, AXIS, [(part, part + hops) for part in parts if part + hops in parts])
+
+
+def carried_state(total: Array, state: Array, decay: Callable[[Array], Array], *, direction: int = 1) -> Array:
+    """The state before each part, from what every part does to a state: h -> decay(total) h + state.
+
+    An exclusive scan over the mesh axis in steps of 1, 1, 2, 4, ... parts: a device of n receives 1 + ceil(log2(n - 1))
+    states, where gathering them all would be n - 1, and to keep n.
+
+    Args:
+      total: sums that add up over parts and say how the state decays, such as those of dt: smaller than the decay.
+      state: what a part that starts from zero leaves behind.
+      decay: of total, to the shape of state; 1 where total is 0.
+      direction: 1, or -1 where what is carried goes from right to left.
+    """
+    total, state = from_left(total, direction), from_left(state, direction)
+    reach = 1
+    while reach < jax.lax.axis_size(AXIS) - 1:
+        before, state_before = (from_left(x, direction * reach) for x in (total, state))
+        total, state = before + total, decay(total) * state_before + state
+        reach *= 2
+    return state
+
+
+def _starts(segment_ids_BL: Array) -> Array:
+    """Whether the document of a position is another than that of the position before; of a row's first one False."""
+    before_B1 = jnp.where(jax.lax.axis_index(AXIS) == 0, segment_ids_BL[:, :1], from_left(segment_ids_BL[:, -1:]))
+    return segment_ids_BL != jnp.concatenate([before_B1, segment_ids_BL[:, :-1]], axis=1)
+
+
+def _of_last_part(x: Array) -> Array:
+    is_last_part = jax.lax.axis_index(AXIS) == jax.lax.axis_size(AXIS) - 1
+    return jax.lax.psum(jnp.where(is_last_part, x, 0), AXIS)
+
+
+# --- the ops ---------------------------------------------------------------------------------------------------------
+
+
+def _causal_conv(x_BLI: Array, kernel_WI: Array, bias_I: Array, segment_ids_BL: Array | None) -> Array:
+    num_taps = kernel_WI.shape[0]
+    if segment_ids_BL is not None:
+        segment_ids_BL = _with_halo(segment_ids_BL, num_taps - 1)
+    y_BLI = conv.causal_conv(_with_halo(x_BLI, num_taps - 1), kernel_WI, bias_I, segment_ids_BL=segment_ids_BL)
+    return y_BLI[:, num_taps - 1 :]
+
+
+def _with_halo(x_BLX: Array, width: int) -> Array:
+    """The last `width` positions on the left of the part, then the part; zeros before the row."""
+    length, parts = x_BLX.shape[1], [x_BLX]
+    for hops in range(1, -(-width // length) + 1):  # more than one where parts are shorter than the halo
+        needed = min(length, width - (hops - 1) * length)
+        reached = hops < jax.lax.axis_size(AXIS)
+        last_BLX = x_BLX[:, length - needed :]
+        parts.insert(0, from_left(last_BLX, hops) if reached else jnp.zeros_like(last_BLX))
+    return jnp.concatenate(parts, axis=1)
+
+
+def _selective_scan(
+    recurrence: scan.Core,
+    u_BLI: Array,
+    dt_BLI: Array,
+    A_IN: Array,
+    B_BLN: Array,
+    C_BLN: Array,
+    D_I: Array,
+    segment_ids_BL: Array | None,
+) -> tuple[Array, Array]:
+    starts_BL = None if segment_ids_BL is None else _starts(segment_ids_BL)
+    zeros_BIN = jnp.zeros((u_BLI.shape[0], *A_IN.shape), jnp.float32)
+    y_BLI, state_BIN = scan.with_core(
+        _between_parts(recurrence), u_BLI, dt_BLI, A_IN, B_BLN, C_BLN, D_I, starts_BL, zeros_BIN
+    )
+    return y_BLI, _of_last_part(state_BIN)
+
+
+def _between_parts(recurrence: scan.Core) -> scan.Core:
+    """The recurrence from the state that the parts on the left leave behind; it is given, and ignores, zeros.
+
+    In the backward pass the gradient with respect to the state goes from right to left in the same way: by a recurrence
+    over each part from zero, a scan over parts, and the gradient of the recurrence from there. Differentiating the
+    forward pass as it stands would take the whole gradient of the first run as well.
+    """
+
+    def forward(v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, zeros_BIN):
+        _, left_BIN = recurrence(v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, zeros_BIN)
+        before_BIN = carried_state(dt_BLI.sum(axis=1), left_BIN, functools.partial(_decay, A_IN))
+        outputs, pull_back = jax.vjp(recurrence, v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, before_BIN)
+        return outputs, (pull_back, dt_BLI, A_IN, C_BLN)
+
+    def backward(residuals, gradients):
+        pull_back, dt_BLI, A_IN, C_BLN = residuals
+        dy_BLI, dstate_BIN = gradients
+        # g[t] = C[t] dy[t] + decay[t+1] g[t+1], the gradient with respect to h[t]: the recurrence in reverse
+        dt_after_BLI = jnp.pad(dt_BLI[:, 1:], ((0, 0), (0, 1), (0, 0)))
+        dy_flipped_BLI, dt_flipped_BLI, C_flipped_BLN = (jnp.flip(x, axis=1) for x in (dy_BLI, dt_after_BLI, C_BLN))
+        _, g_BIN = recurrence(dy_flipped_BLI, dt_flipped_BLI, A_IN, C_flipped_BLN, C_flipped_BLN, dstate_BIN)
+        before_BIN = _decay(A_IN, dt_BLI[:, 0]) * g_BIN
+        decay = functools.partial(_decay, A_IN)
+        dstate_BIN += carried_state(dt_BLI.sum(axis=1), before_BIN, decay, direction=-1)
+        *dinputs, _ = pull_back((dy_BLI, dstate_BIN))
+        return *dinputs, jnp.zeros_like(dstate_BIN)
+
+    between_parts = jax.custom_vjp(lambda *inputs: forward(*inputs)[0])
+    between_parts.defvjp(forward, backward)
+    return between_parts
+
+
+def _decay(A_IN: Array, dt_BI: Array) -> Array:
+    return jnp.exp(dt_BI[..., None] * A_IN)
+
+
+def _attention(
+    query_BLHQ: Array, key_BLHQ: Array, value_BLHQ: Array, segment_ids_BL: Array | None, causal: bool
+) -> Array:
+    gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, axis=1, tiled=True)
+    key_BMHQ, value_BMHQ = gather(key_BLHQ), gather(value_BLHQ)
+    length = query_BLHQ.shape[1]
+    mask_BLM = None
+    if causal:
+        place_L = jax.lax.axis_index(AXIS) * length + jnp.arange(length)
+        mask_BLM = (jnp.arange(key_BMHQ.shape[1]) <= place_L[:, None])[None]
+    if segment_ids_BL is not None:
+        same_BLM = segment_ids_BL[:, :, None] == gather(segment_ids_BL)[:, None]
+        mask_BLM = same_BLM if mask_BLM is None else mask_BLM & same_BLM
+    mask_B1LM = None if mask_BLM is None else mask_BLM[:, None]
+    return jax.nn.dot_product_attention(query_BLHQ, key_BMHQ, value_BMHQ, mask=mask_B1LM)
