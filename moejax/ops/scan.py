@@ -19,7 +19,7 @@ from moejax.ops import shapes
 
 # The step size that stands for a document boundary: exp(dt A) is then exactly 0 for every A below -1e-28, so the state
 # forgets all before. It costs nothing; a mask multiplied into the decay made the scan 1.4 times slower on CPU.
-_FORGET_DT = 1e30
+FORGET_DT = 1e30
 
 # (v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, state before the first position) -> (y_BLI without the skip, last state), float32
 Core = Callable[[Array, Array, Array, Array, Array, Array], tuple[Array, Array]]
@@ -107,7 +107,7 @@ def with_core(
     u32_BLI, dt_BLI, A_IN, B_BLN, C_BLN = (x.astype(jnp.float32) for x in (u_BLI, dt_BLI, A_IN, B_BLN, C_BLN))
     v_BLI = dt_BLI * u32_BLI
     if starts_BL is not None:
-        dt_BLI = jnp.where(starts_BL[..., None], _FORGET_DT, dt_BLI)
+        dt_BLI = jnp.where(starts_BL[..., None], FORGET_DT, dt_BLI)
     y_BLI, state_BIN = recurrence(v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, state_BIN)
     return (y_BLI + D_I.astype(jnp.float32) * u32_BLI).astype(u_BLI.dtype), state_BIN
 
@@ -161,7 +161,7 @@ def selective_step(
     return y_BI.astype(u_BI.dtype), state_BIN
 
 
-# Below, v = dt * u is the input of the recurrence; dt sets the decay alone, and is _FORGET_DT at a boundary.
+# Below, v = dt * u is the input of the recurrence; dt sets the decay alone, and is FORGET_DT at a boundary.
 
 
 def _reference(v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, state_BIN, *, chunk_size):

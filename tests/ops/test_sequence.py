@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moejax import config as config_lib
 from moejax import partition
 from moejax.layers import mamba
-from moejax.ops import attention, conv, scan, sequence
+from moejax.ops import attention, conv, scan, sequence, ssd
 
 BATCH, LENGTH, INNER, STATES = 2, 16, 4, 3
 MESHES = [{"sequence": 4}, {"data": 2, "sequence": 2, "tensor": 2}, {"sequence": 8}]
@@ -167,6 +167,61 @@ def test_the_state_before_a_part_is_what_those_on_its_left_make_of_zero(parts):
     assert messages == 2 * (1 + math.ceil(math.log2(parts - 1)))
 
 
+# --- Mamba-2 ---------------------------------------------------------------------------------------------------------
+
+
+def ssd_loop(segments, x, dt, A, B, C, D):
+    """Mamba-2's recurrence, position by position: a matrix a head, which decays as a whole."""
+    x, dt, A, B, C, D = (np.asarray(value, np.float64) for value in (x, dt, A, B, C, D))
+    B, C = (np.repeat(value, x.shape[2] // value.shape[2], axis=2) for value in (B, C))
+    h, y = np.zeros((*x[:, 0].shape, B.shape[-1])), np.zeros(x.shape)
+    for t in range(x.shape[1]):
+        if segments is not None and t > 0:
+            h = np.where((segments[:, t] == segments[:, t - 1])[:, None, None, None], h, 0)
+        h = np.exp(dt[:, t] * A)[..., None, None] * h + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+        y[:, t] = np.einsum("bhpn,bhn->bhp", h, C[:, t]) + D[:, None] * x[:, t]
+    return y, h
+
+
+def draw_ssd(heads, groups) -> Any:
+    rng = np.random.default_rng(0)
+    shapes = [(BATCH, LENGTH, heads, 2), (BATCH, LENGTH, groups, STATES), (BATCH, heads, 2, STATES)]
+    arrays = (
+        rng.normal(size=shapes[0]),
+        np.exp(rng.uniform(np.log(0.01), np.log(1.0), size=shapes[0][:3])),
+        -np.exp(rng.uniform(-2, 1, size=heads)),
+        rng.normal(size=shapes[1]),
+        rng.normal(size=shapes[1]),
+        rng.normal(size=heads),
+    )
+    cotangents = (rng.normal(size=shapes[0]), rng.normal(size=shapes[2]))
+    return jax.tree.map(lambda x: x.astype(np.float32), (arrays, cotangents))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "groups", "packed"),
+    [
+        ({"sequence": 4}, 2, True),
+        ({"sequence": 4}, 1, False),
+        ({"data": 2, "sequence": 2, "tensor": 2}, 2, True),  # a group a device
+        ({"sequence": 2, "tensor": 4}, 2, True),  # half a group a device
+    ],
+)
+def test_split_mamba_2_equals_the_recurrence_over_whole_rows(sizes, groups, packed, slope):
+    arrays, cotangents = draw_ssd(4, groups)
+    segments = SEGMENTS if packed else None
+    op = functools.partial(sequence.ssd, segment_ids_BL=segments, chunk_size=3)
+    assert_right(mesh_of(**sizes), op, functools.partial(ssd_loop, segments), arrays, cotangents, slope)
+
+
+def test_a_mesh_that_cuts_groups_of_heads_is_refused():
+    arrays, _ = draw_ssd(6, 2)
+    with pytest.raises(
+        ValueError, match=r"^mesh.tensor=3 leaves 2 heads a device, which cut groups of 3 heads; set .*"
+    ):
+        on_mesh(mesh_of(sequence=2, tensor=3), sequence.ssd)(*arrays)
+
+
 # --- convolution -----------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +291,7 @@ def test_where_nothing_splits_the_sequence_the_program_is_that_of_the_op_alone(s
         (sequence.selective_scan, scan.selective_scan, arrays),
         (sequence.causal_conv, conv.causal_conv, (x, kernel, bias)),
         (sequence.attention, attention.attention, (heads, heads, heads)),
+        (sequence.ssd, ssd.ssd, draw_ssd(4, 2)[0]),
     ]
     mesh = None if sizes is None else mesh_of(**sizes)
     for split, alone, inputs in pairs:
