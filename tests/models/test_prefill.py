@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from moejax import config as config_lib
+from moejax.layers import block
 from moejax.models import lm
 
 VOCAB = 11
@@ -20,13 +21,17 @@ WIDTH, MORE = 12, 4  # of the padded rows; tokens to go on by
 SIDES = {"left": [WIDTH - n for n in LENGTHS], "right": [0, 0, 0], "both": [3, 1, 2]}
 
 
-def make(pattern, **moe):
+def make_config(pattern, **moe):
     config = config_lib.ModelConfig(vocab_size=VOCAB, d_model=8, **pattern)
     config.mamba.d_state, config.mamba.chunk_size, config.attention.num_heads = 2, 3, 2
     config.mlp.d_ff = 8
     config.moe = config_lib.MoeConfig(**{"num_experts": 4, "d_expert": 8, "top_k": 2} | moe, dispatch="capacity")
     config.moe.eval_capacity_factor = 0.0
-    return lm.Lm(config, rngs=nnx.Rngs(params=0))
+    return config
+
+
+def make(pattern, **moe):
+    return lm.Lm(make_config(pattern, **moe), rngs=nnx.Rngs(params=0))
 
 
 def draw(*shape, seed=0):
@@ -63,6 +68,15 @@ def test_prompts_padded_on_either_side_go_on_as_if_they_were_not(pattern, fill):
         logits = [np.asarray(go_on(model, *place(rows, starts, garbage))) for garbage in (1, 2)]
         np.testing.assert_allclose(logits[0], expected, atol=1e-5 * np.abs(expected).max())
         np.testing.assert_array_equal(logits[0], logits[1])
+
+
+def test_padding_goes_to_no_expert():
+    """A residual block leaves it as it is, bit for bit, and nothing else."""
+    config = make_config({"period": ("moe",)})
+    layer = jax.jit(lambda: block.Block("moe", config, rngs=nnx.Rngs(params=0)))()
+    x, segments = np.random.default_rng(0).normal(size=(2, 4, 8)).astype(np.float32), np.array([[0, 0, 1, 1], [1] * 4])
+    y, _ = jax.jit(lambda layer: layer.prefill(x, max_length=4, segment_ids_BL=segments))(layer)
+    np.testing.assert_array_equal((y == x).all(axis=2), segments == 0)
 
 
 def test_labels_of_rows_reach_the_experts_of_the_prompt(fill):
