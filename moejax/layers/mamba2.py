@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 
 from moejax.layers import init
-from moejax.ops import conv, ssd
+from moejax.ops import conv, sequence, ssd
 
 
 class Mamba2Cache(NamedTuple):
@@ -105,9 +105,9 @@ class Mamba2(nnx.Module):
         """y_BLD, the inputs of the convolution, and the state after the last position."""
         z_BLI, xBC_BLY, dt_BLH = self._in(u_BLD)
         kernel_WY, bias_Y = self.conv_kernel[...].astype(self.dtype), self.conv_bias[...].astype(self.dtype)
-        convolved_BLY = jax.nn.silu(conv.causal_conv(xBC_BLY, kernel_WY, bias_Y, segment_ids_BL=segment_ids_BL))
+        convolved_BLY = jax.nn.silu(sequence.causal_conv(xBC_BLY, kernel_WY, bias_Y, segment_ids_BL=segment_ids_BL))
         x_BLHP, B_BLGN, C_BLGN = self._split(convolved_BLY)
-        y_BLHP, state_BHPN = ssd.ssd(
+        y_BLHP, state_BHPN = sequence.ssd(
             x_BLHP,
             dt_BLH,
             -jnp.exp(self.A_log[...]),
