@@ -27,8 +27,9 @@ MESHES = {
 }
 MODELS = {
     "mamba": {"period": ("mamba",)},
+    "mamba2": {"period": ("mamba2",)},
     "attention": {"period": ("attention", "mlp")},
-    "mixture": {"period": ("mamba|attention", "moe")},
+    "mixture": {"period": ("mamba|attention", "moe", "mamba2", "mamba_moe")},
 }
 
 
@@ -36,6 +37,9 @@ def make_model(name):
     config = config_lib.ModelConfig(**{"vocab_size": VOCAB, "d_model": 8, "num_periods": 1, **MODELS[name]})
     config.attention.num_heads, config.mamba.d_state, config.mamba.chunk_size = 2, 3, 4
     config.mlp.d_ff = 16
+    config.mamba2.d_state, config.mamba2.d_head, config.mamba2.chunk_size = 3, 4, 3
+    if "mamba_moe" in config.period:
+        config.mamba.moe_projections = ("conv", "out")
     config.moe = config_lib.MoeConfig(num_experts=4, d_expert=8, top_k=2, capacity_factor=0)  # drops nothing
     return lm.Lm(config, rngs=nnx.Rngs(params=0))
 

@@ -13,6 +13,7 @@ from moejax.models import lm
 VOCAB = 11
 PATTERNS = {
     "mamba, moe": {"period": ("mamba", "moe"), "num_periods": 1},
+    "mamba2, mamba_moe": {"period": ("mamba2", "mamba_moe"), "num_periods": 1},
     "mixed": {"prefix": ("attention",), "period": ("mamba|moe",), "num_periods": 2, "suffix": ("mlp", "attention")},
 }
 LENGTHS = (2, 9, 6)  # the first is shorter than the convolution's window
@@ -25,6 +26,8 @@ def make_config(pattern, **moe):
     config = config_lib.ModelConfig(vocab_size=VOCAB, d_model=8, **pattern)
     config.mamba.d_state, config.mamba.chunk_size, config.attention.num_heads = 2, 3, 2
     config.mlp.d_ff = 8
+    config.mamba2.d_state, config.mamba2.d_head, config.mamba2.chunk_size = 3, 4, 3
+    config.mamba.moe_projections = ("conv", "gate", "out")
     config.moe = config_lib.MoeConfig(**{"num_experts": 4, "d_expert": 8, "top_k": 2} | moe, dispatch="capacity")
     config.moe.eval_capacity_factor = 0.0
     return config
