@@ -210,15 +210,6 @@ class Writer:
         return np.asarray(tokens_BC)[:, :drawn]
 
 
-def generate(model: lm.Lm, prompts: Sequence[Sequence[int]], keys_B: Array, **settings: Any) -> np.ndarray:
-    """Continues prompts to the end: tokens_BN, see `Writer`. N is num_tokens, or less if every row ends before."""
-    writer = Writer(model, prompts, keys_B, **settings)
-    tokens = [writer.advance()]
-    while not writer.done().all():
-        tokens.append(writer.advance())
-    return np.concatenate(tokens, axis=1)
-
-
 def padded_length(length: int) -> int:
     """A length up to which prompts are padded: few of them, as each compiles a program, and at most a fourth more."""
     multiple = 1 << max(4, length.bit_length() - 3)
