@@ -190,8 +190,8 @@ class Writer:
         self.state, _ = _advance(self.model, self.state, self.rows, jnp.asarray(0), **self.static)
 
     def done(self) -> np.ndarray:
-        """done_B: which rows have ended; all of them, once the last token was drawn."""
-        return np.asarray(self.state.done_B) | (self.left == 0)
+        """done_B: which rows have ended, by the tokens that `advance` gave; all of them, once it gave the last."""
+        return np.asarray(self.state.done_B) & (not self.first) | (self.left == 0)
 
     def stop(self, done_B: np.ndarray) -> None:
         """Ends rows."""
