@@ -43,16 +43,10 @@ def settings(name: str, vocab_size: int) -> config_lib.ModelConfig:
     return config
 
 
-def fill(shapes, scale: float):
-    """Noise in place of shapes; whole numbers stay 0."""
-    values = scale * np.random.default_rng(0).standard_normal(1_000_003, np.float32)  # then again from the first
-
-    def noise(leaf):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return jnp.zeros(leaf.shape, leaf.dtype)
-        return jnp.asarray(np.resize(values, leaf.shape), leaf.dtype)
-
-    return jax.tree.map(noise, shapes)
+def fill(shapes):
+    """Noise in place of shapes."""
+    values = 0.02 * np.random.default_rng(0).standard_normal(1_000_003, np.float32)  # then again from the first
+    return jax.tree.map(lambda leaf: jnp.asarray(np.resize(values, leaf.shape), leaf.dtype), shapes)
 
 
 @functools.partial(jax.jit, donate_argnums=0)  # in place: a Transformer's cache is most of the memory
@@ -113,7 +107,7 @@ def main() -> None:
         print(
             f"{name}: {millions['non_embedding_active']} active, {millions['non_embedding_total']} in all", flush=True
         )
-        models[name] = fill(lm.abstract(config), 0.02)
+        models[name] = fill(lm.abstract(config))
     print(f"\n{'model':<12}{'batch':>6}{'context':>9}{'ms/step':>10}{'tokens/s':>10}{'cache MB a row':>16}", flush=True)
     room = generate.CHUNK * (arguments.rounds + 1)
     times = {}

@@ -190,8 +190,8 @@ class Writer:
         self.state, _ = _advance(self.model, self.state, self.rows, jnp.asarray(0), **self.static)
 
     def done(self) -> np.ndarray:
-        """done_B: which rows have ended; all of them, once the last token was drawn."""
-        return np.asarray(self.state.done_B) | (self.left == 0)
+        """done_B: which rows have ended, by the tokens that `advance` gave; all of them, once it gave the last."""
+        return np.asarray(self.state.done_B) & (not self.first) | (self.left == 0)
 
     def stop(self, done_B: np.ndarray) -> None:
         """Ends rows."""
@@ -208,15 +208,6 @@ class Writer:
         drawn = int(self.state.count) - before
         self.left -= drawn
         return np.asarray(tokens_BC)[:, :drawn]
-
-
-def generate(model: lm.Lm, prompts: Sequence[Sequence[int]], keys_B: Array, **settings: Any) -> np.ndarray:
-    """Continues prompts to the end: tokens_BN, see `Writer`. N is num_tokens, or less if every row ends before."""
-    writer = Writer(model, prompts, keys_B, **settings)
-    tokens = [writer.advance()]
-    while not writer.done().all():
-        tokens.append(writer.advance())
-    return np.concatenate(tokens, axis=1)
 
 
 def padded_length(length: int) -> int:

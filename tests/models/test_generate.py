@@ -95,6 +95,9 @@ def test_end_of_text_ends_a_row_and_the_last_row_to_end_ends_the_loop(model, gre
     writer.stop(np.array([True, True, True]))
     assert writer.done().all()
     assert writer.advance().shape == (3, 0)
+    at_once = int(greedy[0, 0])
+    np.testing.assert_array_equal(finish(start(model, PROMPTS[:1], (0,), end_of_text=at_once)), [[at_once]])
+    assert not start(model, PROMPTS[:1], (0,), end_of_text=at_once).done().any()  # its first token is still to come
 
 
 def test_the_cache_is_written_where_it_lies(model):
