@@ -56,7 +56,7 @@ TRAIN = ("train", f"{CONFIG}:somewhere", "--workdir=unused")
         (("--config.model.moe.top_k=9",), "model.moe.top_k", "9", "set top_k to 4 or less"),
         (("--config.model.period=('attention',)", "--config.model.attention.num_heads=3"), "model.attention.num_heads",
          "3", "set it to one of 1, 2, 4, 8"),
-        (("--config.model.period=('mambo',)",), "model.period", "mambo", "mamba, attention, mlp, moe"),
+        (("--config.model.period=('mambo',)",), "model.period", "mambo", "mamba, mamba2, mamba_moe"),
         (("--config.model.vocab_size=100",), "model.vocab_size", "100", "set it to 257 or more"),
         (("--config.data.source=c5",), "data.source", "c5", "wikipedia, docstrings, files, tfds, prepared"),
         (("--config.data.batch_size=9", "--config.training.num_microbatches=2"), "training.num_microbatches", "2",
@@ -140,7 +140,7 @@ def test_a_batch_that_does_not_divide_over_the_mesh_says_what_would(capsys, corp
 
 def test_a_scan_that_needs_a_platform_which_is_not_here_says_what_runs_here(capsys, corpus, trained, tmp_path):
     arguments = ["train", f"{CONFIG}:{corpus}", f"--workdir={tmp_path / 'run'}", "--config.model.mamba.scan=pallas_tpu"]
-    expected = "model.mamba.scan=pallas_tpu needs a TPU, and this is cpu; set it to auto, associative or reference"
+    expected = "model.mamba.scan=pallas_tpu needs a TPU, and this is cpu; set it to auto, associative, unrolled or reference"
     assert refused(capsys, *arguments) == expected
     assert not (tmp_path / "run").exists()
     from_a_tpu = shutil.copytree(trained, tmp_path / "from_a_tpu")

@@ -38,6 +38,7 @@ def get_config(folder: str) -> config.Config:
     c.model.vocab_size = 260
     c.model.d_model = 16
     c.model.num_periods = 2
+    c.model.mamba.chunk_size = 2  # less to compile
     c.model.mamba.d_state = 4
     c.model.moe.num_experts = 4
     c.model.moe.d_expert = 16

@@ -206,7 +206,7 @@ def test_the_fastest_is_the_kernel_on_tpu_and_the_associative_scan_elsewhere():
 def test_a_kernel_of_another_platform_is_refused_with_the_reason_and_what_can_run(kernel):
     *inputs, _ = draw(2)[0]
     message = (
-        rf"^implementation={kernel} needs a {kernel[-3:].upper()}, and this is cpu; choose reference or associative$"
+        rf"^implementation={kernel} needs a {kernel[-3:].upper()}, and this is cpu; choose reference, associative or unrolled$"
     )
     with pytest.raises(ValueError, match=message):
         scan.selective_scan(*inputs, implementation=kernel)
@@ -214,7 +214,7 @@ def test_a_kernel_of_another_platform_is_refused_with_the_reason_and_what_can_ru
 
 def test_a_choice_that_the_platform_has_is_named():
     *inputs, _ = draw(2)[0]
-    message = r"^implementation=pallas_gpu needs a GPU, and this is tpu; choose reference, associative or pallas_tpu"
+    message = r"^implementation=pallas_gpu needs a GPU, and this is tpu; choose reference, associative, unrolled or pallas_tpu"
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(on("tpu", functools.partial(scan.selective_scan, implementation="pallas_gpu")), *inputs)
 

@@ -54,7 +54,7 @@ def config() -> config_lib.Config:
     c.model.num_periods = 1
     c.model.attention.num_heads = 2
     c.model.mlp.d_ff = 16
-    c.model.mamba.chunk_size = 4
+    c.model.mamba.chunk_size = 2
     c.optimizer.eps = 1e-3  # Adam's first update is g / (|g| + eps): a tiny eps turns rounding of a tiny g into a flip
     return c
 
