@@ -148,6 +148,17 @@ def test_values_and_gradients_equal_the_float64_recurrence(implementation, chunk
 
 
 @every_implementation
+def test_a_thousand_positions_equal_the_float64_recurrence(implementation):
+    inputs, segments, cotangents = draw(1000), draw_segments(1000) // 40, draw_cotangents(1000)  # some 8 documents
+    (y, state), gradients = run(inputs, segments, cotangents, implementation=implementation, chunk_size=16)
+    expected_y, expected_state, *_ = recurrence(inputs, segments)
+    assert_close(y, expected_y, "y")
+    assert_close(state, expected_state, "final state")
+    for name, actual, expected in zip(NAMES, gradients, adjoint(inputs, segments, cotangents), strict=True):
+        assert_close(actual, expected, f"gradient of {name}")
+
+
+@every_implementation
 def test_a_packed_row_equals_its_documents_one_by_one(implementation):
     """Values, gradients and final state; the first document goes on from the initial state, the others from zero."""
     lengths, (*inputs, state), (dy, dstate) = (3, 1, 2, 2), draw(), draw_cotangents()

@@ -106,6 +106,12 @@ def test_values_and_gradients_equal_the_float64_recurrence_at_any_length(kernel,
 
 
 @every_kernel
+def test_a_thousand_positions_equal_the_float64_recurrence(kernel):
+    problem = draw(1000, batch=1)
+    assert_all_close(run(*problem, kernel=kernel), expected(*problem))
+
+
+@every_kernel
 def test_blocks_of_channels_and_states_of_any_number(kernel):
     """650 channels are 6 blocks on TPU and 21 on GPU, the last one not full; 9 states fill no register."""
     problem = draw(3, inner=650, states=9)
