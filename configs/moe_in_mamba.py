@@ -24,8 +24,8 @@ to 231M (gate in every other block: 230,752,256 and 27,459,584; `moejax params -
 Data: C4, GPT-2 tokens, rows that begin anywhere in a document and whose documents see one another, as theirs.
 Cost: 15,000 steps of 64 rows of 1,024 tokens: 0.98B tokens.
 Capacity: counted over 32 rows, the share of one of the authors' two GPUs: two microbatches on one device; on two,
---config.training.num_microbatches=1. On more, lower model.moe.group_size: a group never spans devices. Which tokens are
-dropped differs: theirs are arbitrary ones, ours the last of a group.
+--config.training.num_microbatches=1. On more, lower model.moe.group_size: a group never spans devices that rows are
+split over. Which tokens are dropped differs: theirs are arbitrary ones, ours the last of a group.
 
     moejax train --config=configs/moe_in_mamba.py:gate --workdir=runs/gate
     moejax train --config=configs/moe_in_mamba.py:conv_gate,all --workdir=runs/conv_gate_all

@@ -22,6 +22,7 @@ TOKENIZERS = ("bpe", "bytes", "gpt2", "sentencepiece", "hf")
 
 # Implementations of Mamba's scan, and the platform that each needs; "" = any
 SCANS = {"auto": "", "associative": "", "unrolled": "", "reference": "", "pallas_tpu": "tpu", "pallas_gpu": "gpu"}
+SCAN_STATES = {"pallas_tpu": 128, "pallas_gpu": 64}  # states a channel that a kernel can hold on the chip
 ACTIVATIONS = ("relu", "gelu", "swiglu", "geglu")
 MOE_LOSSES = ("balance", "importance", "load", "z", "device", "communication", "sequence")
 
@@ -78,8 +79,10 @@ class MambaConfig:
     dt_rank: int = 0  # R, rank of the dt projection; 0 means ceil(d_model / 16)
     dt_min: float = 0.001  # dt at initialisation is log-uniform in [dt_min, dt_max]
     dt_max: float = 0.1
-    scan: str = "auto"  # one of SCANS; auto: pallas_tpu on TPU, unrolled on CPU, associative on GPU
-    chunk_size: int = 0  # tokens scanned at a time, the state carried between chunks; 0 = d_state, but at least 8
+    # one of SCANS; auto: pallas_tpu on TPU (up to 128 states), unrolled on CPU (chunks up to 32), else associative
+    scan: str = "auto"
+    # scan=unrolled, associative: tokens scanned at a time, the state carried on; 0 = d_state, but at least 8
+    chunk_size: int = 0
     # Of "mamba_moe" sublayers: which of their projections are experts, with the settings of model.moe (MoE-Mamba's
     # Table 3): some of conv (to what is convolved and scanned), gate (to what gates it) and out. A "mamba" has none.
     moe_projections: tuple[str, ...] = ()
@@ -301,7 +304,8 @@ class MeshConfig:
     data: int = -1  # rows are split over data, fsdp and expert
     fsdp: int = 1  # parameters are split over it and gathered where they are used
     expert: int = 1  # experts are split over it
-    sequence: int = 1  # the positions of a row are split over it; must divide data.seq_length
+    # the positions of a row are split over it, and gathered by MoE layers to route; must divide data.seq_length
+    sequence: int = 1
     tensor: int = 1  # hidden widths are split over it
 
 

@@ -73,8 +73,18 @@ def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
     if config.model.has_experts and moe.group_size and tokens % moe.group_size != 0:
         raise config_lib.ConfigError(
             f"model.moe.group_size={moe.group_size} does not divide the {tokens} tokens of a microbatch on a device, "
-            "and a group never spans devices; set it to 0 or to a divisor"
+            "and a group never spans devices that rows are split over; set it to 0 or to a divisor"
         )
+    mamba2, tensor = config.model.mamba2, mesh.shape["tensor"]
+    heads = int(mamba2.expand * config.model.d_model) // mamba2.d_head
+    if config.model.uses("mamba2") and parts > 1 and heads % tensor == 0:
+        here, together = heads // tensor, heads // mamba2.num_groups
+        if here % together and together % here:
+            raise config_lib.ConfigError(
+                f"mesh.tensor={tensor} leaves {here} heads of mamba2 a device, which cuts groups of {together} heads "
+                f"where mesh.sequence={parts} splits rows; set mesh.tensor to a divisor of "
+                f"model.mamba2.num_groups={mamba2.num_groups}"
+            )
 
 
 def check_scan(config: config_lib.Config, mesh: Mesh) -> None:

@@ -17,7 +17,6 @@ import argparse
 import functools
 import os
 import pathlib
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from side_by_side import Program, measure
+from side_by_side import Program, measure, median
 
 from moejax import config as config_lib
 from moejax.layers import moe
@@ -165,8 +164,8 @@ def table(a: argparse.Namespace) -> None:
                 cells = ""
                 for backward in (False, True):
                     program = programs[name, backward]
-                    seconds = statistics.median(program.seconds or [float("nan")])
-                    ratio = seconds / statistics.median(programs["dense FFN", backward].seconds)
+                    seconds = median(program)
+                    ratio = seconds / median(programs["dense FFN", backward])
                     megabytes = f"{program.megabytes:,.0f}" if program.megabytes == program.megabytes else "-"
                     cells += f"{1e3 * seconds:>{13 if backward else 9}.0f}{ratio:>9.2f}{megabytes:>9}"
                 print(f"{num_experts:>4}{k:>4}  {name:<16}{cells}", flush=True)
@@ -197,7 +196,7 @@ def profile(a: argparse.Namespace) -> None:
             program.run()
             program.seconds.clear()
         measure(programs.values(), a.repeats)
-        times = {name: 1e3 * statistics.median(program.seconds) for name, program in programs.items()}
+        times = {name: 1e3 * median(program) for name, program in programs.items()}
         whole = times.pop("layer")
         megabytes = 8e-6 * num_experts * a.width * a.hidden
         cells = (num_experts, megabytes, *times.values(), sum(times.values()), whole, whole - sum(times.values()))
@@ -215,7 +214,7 @@ def write_rules(a: argparse.Namespace) -> None:
             params, function = layer(a, **setting)
             programs[name] = Program(gradient(function), params, x_TD, limit_gb=a.limit_gb)
         measure(programs.values(), a.repeats)
-        return {name: statistics.median(program.seconds) for name, program in programs.items()}
+        return {name: median(program) for name, program in programs.items()}
 
     of = {"num_experts": 32, "k": 1, "dispatch": "dropless"}
     grouped = seconds(blocked=of | {"grouped_matmul": "blocked"}, ragged_dot=of | {"grouped_matmul": "ragged_dot"})

@@ -11,13 +11,12 @@ into the memory of the call before, and times are medians. Ratios are to the fir
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from side_by_side import Program, measure
+from side_by_side import Program, measure, median
 
 from moejax.ops import scan
 
@@ -101,7 +100,7 @@ def _cells(program: Program, base: Program) -> str:
     memory = f"{program.megabytes:>9,.0f}{program.megabytes / base.megabytes:>7.1f}{program.compile_seconds:>11.1f}"
     if not program.seconds:
         return f"{'not run':>9}{'-':>7}{memory}"
-    seconds, least = (statistics.median(p.seconds) for p in (program, base))
+    seconds, least = median(program), median(base)
     return f"{1e3 * seconds:>9,.0f}{seconds / least:>7.1f}{memory}"
 
 

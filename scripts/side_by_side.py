@@ -1,5 +1,6 @@
 """Programs timed in turn, so that a slow moment of the machine hits all of them."""
 
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -48,3 +49,8 @@ def measure(programs: Iterable[Any], repeats: int) -> None:
     for program in programs:
         if len(program.seconds) > 1:
             del program.seconds[0]
+
+
+def median(program: Any) -> float:
+    """Seconds; NaN for what was not run."""
+    return statistics.median(program.seconds or [float("nan")])

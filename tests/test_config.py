@@ -38,6 +38,15 @@ def test_differences_name_the_field_and_both_values_in_order_of_declaration():
     assert config_lib.differences(old, old) == []
 
 
+def test_more_states_than_a_kernel_can_hold_are_refused():
+    config = config_lib.Config()
+    config.model.mamba.d_state, config.model.mamba.scan = 100, "pallas_tpu"
+    rules.validate(config)
+    config.model.mamba.scan = "pallas_gpu"
+    with pytest.raises(config_lib.ConfigError, match=r"d_state=100 is over the 64 states .* set scan=auto"):
+        rules.validate(config)
+
+
 def set_field(config, path, value):
     *groups, name = path.split(".")
     for group in groups:

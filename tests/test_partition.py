@@ -102,7 +102,7 @@ def test_every_device_gets_the_same_rows_and_whole_routing_groups():
     )
     assert error_of(lambda: partition.check_batch(batch_config(8, group_size=64), mesh)) == (
         "model.moe.group_size=64 does not divide the 16 tokens of a microbatch on a device, "
-        "and a group never spans devices; set it to 0 or to a divisor"
+        "and a group never spans devices that rows are split over; set it to 0 or to a divisor"
     )
     split = mesh_of(data=2, sequence=4)
     partition.check_batch(batch_config(4, seq_length=12), split)
@@ -113,6 +113,19 @@ def test_every_device_gets_the_same_rows_and_whole_routing_groups():
     dense = batch_config(8, group_size=64)
     dense.model.period = ("mamba",)
     partition.check_batch(dense, mesh)  # no MoE layer, no groups
+
+
+def test_heads_of_mamba_2_that_would_be_cut_from_their_group_are_refused_where_rows_are_split():
+    config = batch_config(4, seq_length=12)
+    config.model.period, config.model.d_model = ("mamba2",), 12
+    config.model.mamba2 = config_lib.Mamba2Config(d_head=4, num_groups=2)  # 6 heads in groups of 3
+    mesh = partition.make_mesh(config_lib.MeshConfig(data=1, sequence=2, tensor=3), jax.devices()[:6])
+    assert error_of(lambda: partition.check_batch(config, mesh)) == (
+        "mesh.tensor=3 leaves 2 heads of mamba2 a device, which cuts groups of 3 heads where mesh.sequence=2 splits "
+        "rows; set mesh.tensor to a divisor of model.mamba2.num_groups=2"
+    )
+    config.model.mamba2.num_groups = 1
+    partition.check_batch(config, mesh)
 
 
 def test_a_batch_is_split_by_rows_and_by_positions():

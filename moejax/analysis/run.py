@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -32,7 +33,7 @@ def load(workdir: pathlib.Path) -> Run:
     """Opens a run's folder; changes nothing in it.
 
     Raises:
-      ConfigError: the folder holds no run or no checkpoint that can be read, or its model does not run here.
+      ConfigError: the folder holds no run, or no checkpoint that can be read.
     """
     config = folder.load_config(workdir)
     saved = workdir / "checkpoints"
@@ -41,7 +42,11 @@ def load(workdir: pathlib.Path) -> Run:
     if tokenizer is None:
         raise none
     mesh = partition.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
-    partition.check_scan(config, mesh)
+    try:
+        partition.check_scan(config, mesh)
+    except config_lib.ConfigError as error:  # the scans differ in speed alone
+        print(f"moejax: {error.args[0].split(';')[0]}; model.mamba.scan=auto is used", file=sys.stderr)
+        config.model.mamba.scan = "auto"
     checkpoints = checkpoint.Checkpoints(saved, config.checkpoint, read_only=True)
     try:
         restored = checkpoints.restore(state.abstract(config, mesh), on_corrupt=folder.report_corrupt(workdir))

@@ -166,7 +166,7 @@ Objective = NextToken | SpanCorruption
 
 
 def batch(rows: Sequence[Arrays]) -> Arrays:
-    """Stacks rows: inputs_L of each becomes inputs_BL, and so on. Raises ValueError by `check_segments`."""
+    """Stacks rows: inputs_L of each becomes inputs_BL, and so on. Raises ConfigError by `check_segments`."""
     arrays = {f"{name[:-1]}B{name[-1]}": np.stack([row[name] for row in rows]) for name in rows[0]}
     if "segment_ids_BL" in arrays:
         check_segments(arrays["segment_ids_BL"])
@@ -174,7 +174,7 @@ def batch(rows: Sequence[Arrays]) -> Arrays:
 
 
 def check_segments(segment_ids_BL: np.ndarray) -> None:
-    """Raises ValueError if a row's segment ids go backwards; padding, 0, may be anywhere.
+    """Raises ConfigError if a row's segment ids go backwards; padding, 0, may be anywhere.
 
     To Mamba a document begins wherever the id changes, to attention an id is one document wherever it is: of an id that
     comes back they would make different things.
@@ -183,7 +183,7 @@ def check_segments(segment_ids_BL: np.ndarray) -> None:
     wrong = np.argwhere((segment_ids_BL < highest_BL) & (segment_ids_BL != 0))
     if len(wrong):
         row, place = wrong[0]
-        raise ValueError(
+        raise config_lib.ConfigError(
             f"segment_ids_BL goes back from {highest_BL[row, place]} to {segment_ids_BL[row, place]} in row {row} at "
             f"position {place}; number the documents of a row 1, 2, ... from left to right, and padding 0"
         )

@@ -83,7 +83,8 @@ class Lm(nnx.Module):
 
         Args:
           tokens_BL: int32 token ids.
-          segment_ids_BL: which document of its row a token belongs to, from 1; 0 for padding. None: one a row.
+          segment_ids_BL: which document of its row a token belongs to, from 1, in ascending order; 0 for padding.
+            None: one a row.
           positions_BL: position inside the document, for rotary attention. None: 0, 1, ... L-1.
           labels_BL: label of the token's document, for router=label; -1 for none.
           keys_B: a random key a row, for the noise of routers and expert dropout; None for none.
@@ -170,6 +171,8 @@ class Lm(nnx.Module):
         self, token_B: Array, cache: dict[str, Any], *, labels_B: Array | None = None
     ) -> tuple[Array, dict[str, Any]]:
         """One token a row: (logits_BV of the next, the next cache). Nothing is dropped in MoE layers.
+
+        The caller keeps within the max_length of the cache where the model has attention.
 
         labels_B: of each row's document, for router=label.
         """

@@ -65,4 +65,4 @@ def causal_conv_step(x_BI: Array, window_BWI: Array, kernel_WI: Array, bias_I: A
       (y_BI, the window for the next position).
     """
     inputs_BWI = jnp.concatenate([window_BWI, x_BI[:, None]], axis=1)
-    return jnp.einsum("bwi,wi->bi", inputs_BWI, kernel_WI) + bias_I, inputs_BWI[:, 1:]
+    return (inputs_BWI * kernel_WI).sum(axis=1) + bias_I, inputs_BWI[:, 1:]

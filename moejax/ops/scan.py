@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from moejax import config
 from moejax.ops import shapes
 
 # The step size that stands for a document boundary: exp(dt A) is then exactly 0 for every A below -1e-28, so the state
@@ -53,8 +54,8 @@ def selective_scan(
       implementation: "reference" (a sequential `lax.scan`), "associative" (`jax.lax.associative_scan` within chunks,
         the state carried between them), "unrolled" (the same chunks step by step, without a loop in them), "pallas_tpu"
         or "pallas_gpu" (kernels that keep the state on the chip), or None for the fastest that the platform supports:
-        "unrolled" on CPU (scripts/bench_scan.py), "pallas_tpu" on TPU up to 128 states a channel, "associative"
-        elsewhere, on GPU too, where "pallas_gpu" has not been run yet.
+        "unrolled" on CPU in chunks up to 32 (scripts/bench_scan.py), "pallas_tpu" on TPU up to 128 states a channel,
+        "associative" elsewhere, on GPU too, where "pallas_gpu" has not been run yet.
       chunk_size: tokens a chunk of "associative" and "unrolled"; L need not be a multiple of it. None: N, but at least
         8. The gradient keeps the state before each chunk: in chunks of N they take as much memory as u, for any N. The
         kernels have chunks of their own.
@@ -79,6 +80,8 @@ def selective_scan(
 def core(implementation: str | None, chunk_size: int | None, num_states: int) -> Core:
     """The recurrence alone, by the name of its implementation; arguments and errors as of `selective_scan`."""
     chunk_size = chunk_size or max(8, num_states)
+    if chunk_size < 0:
+        raise ValueError(f"chunk_size={chunk_size} must be 1 or more, or 0 for the default; change it")
     return functools.partial(IMPLEMENTATIONS[_choose(implementation, num_states, chunk_size)], chunk_size=chunk_size)
 
 
@@ -114,7 +117,6 @@ def with_core(
 
 # Implementations that run on one platform alone.
 NEEDS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
-MAX_TPU_STATES = 128  # states a channel that the TPU kernel holds on the chip
 MAX_UNROLLED = 32  # tokens a chunk; the compile time of "unrolled" grows with them
 
 _interpreted: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreted", default=False)
@@ -135,7 +137,7 @@ def _choose(implementation: str | None, num_states: int, chunk_size: int) -> str
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
     if implementation is None:
-        if platform == "tpu" and num_states <= MAX_TPU_STATES:
+        if platform == "tpu" and num_states <= config.SCAN_STATES["pallas_tpu"]:
             return "pallas_tpu"
         return "unrolled" if platform == "cpu" and chunk_size <= MAX_UNROLLED else "associative"
     if implementation not in IMPLEMENTATIONS:
@@ -157,7 +159,7 @@ def selective_step(
     u32_BI, dt_BI = u_BI.astype(jnp.float32), dt_BI.astype(jnp.float32)
     decay_BIN = jnp.exp(dt_BI[..., None] * A_IN)
     state_BIN = decay_BIN * state_BIN + (dt_BI * u32_BI)[..., None] * B_BN[:, None].astype(jnp.float32)
-    y_BI = jnp.einsum("bin,bn->bi", state_BIN, C_BN.astype(jnp.float32)) + D_I * u32_BI
+    y_BI = (state_BIN * C_BN[:, None].astype(jnp.float32)).sum(axis=2) + D_I * u32_BI
     return y_BI.astype(u_BI.dtype), state_BIN
 
 
@@ -170,7 +172,7 @@ def _reference(v_BLI, dt_BLI, A_IN, B_BLN, C_BLN, state_BIN, *, chunk_size):
     def step(state_BIN, inputs):
         v_BI, dt_BI, B_BN, C_BN = inputs
         state_BIN = jnp.exp(dt_BI[..., None] * A_IN) * state_BIN + v_BI[..., None] * B_BN[:, None]
-        return state_BIN, jnp.einsum("bin,bn->bi", state_BIN, C_BN)
+        return state_BIN, (state_BIN * C_BN[:, None]).sum(axis=2)
 
     over_time = [jnp.moveaxis(x, 1, 0) for x in (v_BLI, dt_BLI, B_BLN, C_BLN)]
     state_BIN, y_LBI = jax.lax.scan(step, state_BIN, over_time)
@@ -269,8 +271,9 @@ def _backward_associative(A_NI, before_BNI, inputs, dy_cBI, g_BNI):
     dlog_cBNI = g_cBNI * previous_cBNI * decay_cBNI
     dv_cBI = (g_cBNI * B_cBN[..., None]).sum(axis=2)
     ddt_cBI = (dlog_cBNI * A_NI).sum(axis=2)
-    dB_cBN = jnp.einsum("cbni,cbi->cbn", g_cBNI, v_cBI)
-    dC_cBN = jnp.einsum("cbni,cbi->cbn", state_cBNI, dy_cBI)
+    # GPUs and TPUs would round the factors of a matrix product
+    dB_cBN = jnp.einsum("cbni,cbi->cbn", g_cBNI, v_cBI, precision="float32")
+    dC_cBN = jnp.einsum("cbni,cbi->cbn", state_cBNI, dy_cBI, precision="float32")
     dA_NI = (dlog_cBNI * dt_cBI[:, :, None]).sum(axis=(0, 1))
     return decay_cBNI[0] * g_cBNI[0], (dv_cBI, ddt_cBI, dB_cBN, dC_cBN), dA_NI
 

@@ -1,6 +1,6 @@
 """The selective scan's kernels for GPU; see `scan_pallas` for what they compute.
 
-b rows, l positions, I inner channels, N states a channel; K chunks, J blocks of channels.
+B batch, L sequence, I inner channels, N states a channel; K chunks, J blocks of channels.
 
 Through Pallas's Triton back end: the scan multiplies no matrices, so Mosaic GPU's tensor cores, barriers and copies
 bring it nothing, it needs Hopper or later, and its interface changes from one jax to the next; here loads, stores,
@@ -17,10 +17,11 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from moejax import config
 from moejax.ops import scan_pallas
 
-CHUNK = 16  # states_BKNI is then as large as v at N=16; 32 would not fit in registers
-MAX_STATES = 64
+CHUNK = 16  # before_BKNI is then as large as v at N=16; 32 would not fit in registers
+MAX_STATES = config.SCAN_STATES["pallas_gpu"]
 _BLOCK = 32  # channels: a row of them is one 128-byte load
 _WARPS = pltriton.CompilerParams(num_warps=2)
 

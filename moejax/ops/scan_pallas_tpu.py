@@ -1,6 +1,6 @@
 """The selective scan's kernels for TPU; see `scan_pallas` for what they compute.
 
-b rows, l positions, c positions a chunk, I inner channels, N states a channel; K chunks, J blocks of channels.
+B batch, L sequence, c positions a chunk, I inner channels, N states a channel; K chunks, J blocks of channels.
 
 The grid is (rows, blocks of channels, chunks), its last dim in order: the state goes from chunk to chunk in VMEM. In a
 chunk, a loop over time holds a state of N sublanes by up to 512 lanes (eight vector registers at N=16) and takes a row
@@ -20,10 +20,11 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from moejax import config
 from moejax.ops import scan_pallas
 
 CHUNK = 128  # one register of lanes
-MAX_STATES = 128
+MAX_STATES = config.SCAN_STATES["pallas_tpu"]
 _MAX_BLOCK = 8192  # states a position: 128 positions of 4 bytes take 4 MB of VMEM's 16
 _UNROLL = 8  # positions whose work the compiler may overlap; only the state is a chain
 _LOG2 = math.log(2)

@@ -60,6 +60,12 @@ def _validate_mamba(kind: str, config: config_lib.Config) -> None:
     if kind == "mamba":
         at_least(config, 0, "model.mamba.dt_rank")
         one_of("model.mamba.scan", mamba.scan, tuple(config_lib.SCANS))
+        most = config_lib.SCAN_STATES.get(mamba.scan, mamba.d_state)
+        require(
+            mamba.d_state <= most,
+            f"model.mamba.d_state={mamba.d_state} is over the {most} states that model.mamba.scan={mamba.scan} can "
+            "hold; lower it, or set scan=auto",
+        )
         return
     one_of("model.mamba2.scan", mamba.scan, ("auto", "chunked", "quadratic", "reference"))
     require(

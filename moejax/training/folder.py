@@ -16,7 +16,8 @@ DATA_FILE = "data.json"  # what the corpus was: `pipeline.Data.describe`
 # Documents may move to another place: `check_corpus` sees whether they are the same.
 _FREE_ON_RESUME = (
     *("training.", "checkpoint.", "mesh.", "optimizer."),
-    *("model.mamba.scan", "data.num_workers", "data.source", "data.validation_source", "data.tfds_dir"),
+    *("model.mamba.scan", "model.mamba.chunk_size", "model.mamba2.scan", "model.mamba2.chunk_size"),
+    *("data.num_workers", "data.source", "data.validation_source", "data.tfds_dir"),
 )
 _NEVER_FREE = ("training.seed",)
 

@@ -228,6 +228,41 @@ def test_by_default_a_row_is_one_document_from_a_zero_state_in_the_fastest_imple
     assert_close(final, expected_state)
 
 
+@pytest.mark.parametrize("implementation", ["associative", "unrolled"])
+def test_memory_grows_linearly_with_the_length_and_without_the_states_of_every_position(implementation):
+    """Forward and backward: what a token adds is copies of its inputs and gradients, and a share of a state."""
+    inner, states = 32, 16
+
+    def temporary(length):
+        shapes = [(1, length, inner)] * 2 + [(inner, states)] + [(1, length, states)] * 2 + [(inner,)]
+        inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        loss = lambda *x: jnp.square(scan.selective_scan(*x, implementation=implementation)[0]).sum()  # noqa: E731
+        program = jax.jit(jax.grad(loss, argnums=range(6))).lower(*inputs).compile()
+        return program.memory_analysis().temp_size_in_bytes / 4
+
+    first, second, fourth = (temporary(length) for length in (512, 1024, 2048))
+    assert fourth - second == pytest.approx(2 * (second - first), rel=0.05)
+    token = (second - first) / 512
+    assert token < 4 * (2 * inner + 2 * states) + inner < inner * states
+
+
+def test_no_product_rounds_its_factors_on_any_hardware():
+    """GPUs and TPUs do by default, in a matrix product."""
+    *inputs, state = draw()
+    for implementation in EVERYWHERE:
+        loss = lambda *x, i=implementation: scan.selective_scan(*x, implementation=i)[0].sum()  # noqa: E731
+        program = str(jax.make_jaxpr(jax.grad(loss, argnums=range(6)))(*inputs))
+        assert program.count("dot_general") == program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
+    one = [x[:, 0] if x.ndim == 3 else x for x in inputs]
+    assert "dot_general" not in str(jax.make_jaxpr(scan.selective_step)(*one, state))
+
+
+def test_a_negative_chunk_size_is_an_error():
+    *inputs, _ = draw(2)
+    with pytest.raises(ValueError, match="chunk_size=-1 must be 1 or more, or 0 for the default; change it"):
+        scan.selective_scan(*inputs, chunk_size=-1)
+
+
 def test_an_unknown_implementation_is_an_error_that_names_the_known_ones():
     *inputs, _ = draw(2)
     with pytest.raises(ValueError, match=r"implementation=cuda is not known; choose one of .*reference"):

@@ -10,7 +10,8 @@ from moejax.training import folder
     ("path", "blocks"),
     [
         ("model.d_model", True), ("model.moe.capacity_factor", True), ("data.source", False), ("data.packing", True),
-        ("model.mamba.scan", False), ("model.mamba.d_state", True),
+        ("model.mamba.scan", False), ("model.mamba.d_state", True), ("model.mamba.chunk_size", False),
+        ("model.mamba2.scan", False), ("model.mamba2.chunk_size", False),
         ("data.text_field", True), ("data.seed", True),
         ("data.batch_size", True), ("training.seed", True), ("training.num_steps", False), ("mesh.data", False),
         ("optimizer.learning_rate", False), ("checkpoint.every", False), ("data.num_workers", False),
