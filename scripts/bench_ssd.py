@@ -8,12 +8,11 @@ scan of the same inner width with its 16 states. Temporary memory is what the co
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from side_by_side import Program, measure, median
 
 from moejax.ops import scan, ssd
 
@@ -26,6 +25,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--chunks", default="16,32,64,128,256", help="chunk sizes, separated by commas")
     parser.add_argument("--quadratic", type=int, default=1, help="0 leaves out the quadratic form and the reference")
+    parser.add_argument("--limit_gb", type=float, default=12.0, help="what reserves more is compiled, and not run")
     a = parser.parse_args()
     key = iter(jax.random.split(jax.random.key(0), 8))
     x_BLHP = jax.random.normal(next(key), (a.batch, a.length, a.heads, a.width))
@@ -53,24 +53,15 @@ def main() -> None:
     print(f"{shape} on {jax.devices()[0].device_kind}, jax {jax.__version__}")
     for name, (function, arguments) in variants.items():
         loss = lambda *x, f=function: jnp.sum(f(*x)[0] ** 2)  # noqa: E731
-        for kind, program in (
-            ("forward", jax.jit(lambda *x, f=function: f(*x)[0])),
-            ("forward + backward", jax.jit(jax.grad(loss, argnums=tuple(range(6))))),
-        ):
-            begin = time.perf_counter()
-            compiled = program.lower(*arguments).compile()
-            programs[name, kind] = compiled, arguments, time.perf_counter() - begin
-    times: dict[tuple[str, str], list[float]] = {which: [] for which in programs}
-    for _ in range(a.repeats + 1):  # all variants in turn, so that a slow moment of the machine hits all of them
-        for which, (compiled, arguments, _) in programs.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(compiled(*arguments))
-            times[which].append(time.perf_counter() - begin)
+        forward = lambda *x, f=function: f(*x)[0]  # noqa: E731
+        backward = jax.grad(loss, argnums=tuple(range(6)))
+        for kind, which in (("forward", forward), ("forward + backward", backward)):
+            programs[name, kind] = Program(which, *arguments, limit_gb=a.limit_gb)
+    measure(programs.values(), a.repeats)
     print(f"{'':<28}{'':<22}{'ms':>8}{'MB':>8}{'compile s':>11}")
-    for (name, kind), (compiled, _, compile_time) in programs.items():
-        memory = compiled.memory_analysis().temp_size_in_bytes / 1e6
-        milliseconds = 1e3 * statistics.median(times[name, kind][1:])
-        print(f"{name:<28}{kind:<22}{milliseconds:>8.0f}{memory:>8.0f}{compile_time:>11.1f}")
+    for (name, kind), program in programs.items():
+        figures = f"{1e3 * median(program):>8.0f}{program.megabytes:>8.0f}{program.compile_seconds:>11.1f}"
+        print(f"{name:<28}{kind:<22}{figures}")
 
 
 if __name__ == "__main__":
