@@ -91,7 +91,7 @@ def test_labels_of_rows_reach_the_experts_of_the_prompt(fill):
     assert np.abs(prefill(model, labels[::-1].copy()) - whole).max() > 1e-2
 
 
-@pytest.mark.parametrize("sublayer", ["mamba", "attention"])
+@pytest.mark.parametrize("sublayer", ["mamba", "mamba2", "attention"])
 def test_2048_steps_equal_the_row(sublayer, fill):
     """1e-4 of logits of size one."""
     model, tokens = fill(lambda: make({"period": (sublayer,), "num_periods": 1})), draw(1, 2048)
