@@ -150,7 +150,7 @@ def test_values_and_gradients_equal_the_float64_recurrence(implementation, chunk
 @every_implementation
 def test_a_thousand_positions_equal_the_float64_recurrence(implementation):
     inputs, segments, cotangents = draw(1000), draw_segments(1000) // 40, draw_cotangents(1000)  # some 8 documents
-    (y, state), gradients = run(inputs, segments, cotangents, implementation=implementation, chunk_size=16)
+    (y, state), gradients = run(inputs, segments, cotangents, implementation=implementation, chunk_size=8)
     expected_y, expected_state, *_ = recurrence(inputs, segments)
     assert_close(y, expected_y, "y")
     assert_close(state, expected_state, "final state")
