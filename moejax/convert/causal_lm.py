@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from moejax import config as config_lib
+from moejax.convert import fields
 from moejax.models import lm
 
 
@@ -41,6 +42,55 @@ class Family(NamedTuple):
             ("backbone.norm_f.weight", "D", "norm.scale", "D"),
             ("lm_head.weight", "VD", "head", "DV"),  # tied: the embedding once more, and no parameter of ours
         )
+
+
+# Fields of both families with values that `models.lm.Lm` cannot express: those it can, and the remedy.
+ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "hidden_act": (("silu", "swish"), "convert a model with this activation"),  # two names of one function
+    "use_bias": ((False,), "convert a model without biases in in_proj and out_proj"),
+    "use_conv_bias": ((True,), "convert a model whose convolution has a bias"),
+    "tie_word_embeddings": ((False, True), "set it to one of them"),
+    "residual_in_fp32": ((True,), "set it to True, which changes nothing when the weights are float32"),
+}
+
+
+def check_allowed(hf: Mapping[str, Any], allowed: dict[str, tuple[tuple[Any, ...], str]]) -> None:
+    """Raises ConfigError unless every one of these fields has a value that it may have."""
+    for name, (values, remedy) in allowed.items():
+        value = fields.field(hf, name)
+        if value not in values:
+            raise config_lib.ConfigError(f"{name}={value} must be {' or '.join(map(str, values))}; {remedy}")
+
+
+def config_from_hf(family: Family, hf: Mapping[str, Any], **settings: Any) -> config_lib.ModelConfig:
+    """The model that a Hugging Face config describes.
+
+    Args:
+      family: what the config is of.
+      hf: the fields of config.json.
+      settings: of the family's branch, beside those that every family has.
+
+    Raises:
+      ConfigError: a field is missing or out of range.
+    """
+    dt_min, dt_max = fields.positive(hf, "time_step_min"), fields.positive(hf, "time_step_max")
+    if dt_min > dt_max:
+        raise config_lib.ConfigError(f"time_step_min={dt_min} must be at most time_step_max={dt_max}; lower it")
+    config = config_lib.ModelConfig(
+        vocab_size=fields.size(hf, "vocab_size"),
+        d_model=fields.size(hf, "hidden_size"),
+        period=(family.branch,),
+        num_periods=fields.size(hf, "num_hidden_layers"),
+        norm="rmsnorm",
+        norm_eps=fields.positive(hf, "layer_norm_epsilon"),
+        final_norm=True,
+        tie_embeddings=hf["tie_word_embeddings"],
+    )
+    settings |= {"expand": fields.positive(hf, "expand"), "dt_min": dt_min, "dt_max": dt_max}
+    settings |= {"d_state": fields.size(hf, "state_size"), "d_conv": fields.size(hf, "conv_kernel")}
+    for name, value in settings.items():
+        setattr(getattr(config, family.branch), name, value)
+    return config
 
 
 def from_hf(family: Family, state_dict: Mapping[str, np.ndarray], config: config_lib.ModelConfig) -> lm.Lm:

@@ -36,11 +36,7 @@ _FAMILY = causal_lm.Family(
 # Fields of MambaConfig with values that `models.lm.Lm` cannot express: those it can, and the remedy.
 _ALLOWED = {
     "model_type": (("mamba",), "convert a MambaForCausalLM"),
-    "hidden_act": (("silu", "swish"), "convert a model with this activation"),  # two names of one function
-    "use_bias": ((False,), "convert a model without biases in in_proj and out_proj"),
-    "use_conv_bias": ((True,), "convert a model whose convolution has a bias"),
-    "tie_word_embeddings": ((False, True), "set it to one of them"),
-    "residual_in_fp32": ((True,), "set it to True, which changes nothing when the weights are float32"),
+    **causal_lm.ALLOWED,
 }
 
 
@@ -55,35 +51,13 @@ def config_from_hf(hf: Mapping[str, Any]) -> config_lib.ModelConfig:
       ConfigError: a field is missing or out of range, or asks for what `models.lm.Lm` cannot express.
     """
     hf = {"tie_word_embeddings": True, **hf}  # transformers 4 does not write this default
-    for name, (allowed, remedy) in _ALLOWED.items():
-        value = fields.field(hf, name)
-        if value not in allowed:
-            raise config_lib.ConfigError(f"{name}={value} must be {' or '.join(map(str, allowed))}; {remedy}")
+    causal_lm.check_allowed(hf, _ALLOWED)
     d_model, expand = fields.size(hf, "hidden_size"), fields.positive(hf, "expand")
     rank = fields.field(hf, "time_step_rank")
     if int(expand * d_model) < 1:
         raise config_lib.ConfigError(f"expand={expand} leaves no inner channel of hidden_size={d_model}; raise it")
-    dt_min, dt_max = fields.positive(hf, "time_step_min"), fields.positive(hf, "time_step_max")
-    if dt_min > dt_max:
-        raise config_lib.ConfigError(f"time_step_min={dt_min} must be at most time_step_max={dt_max}; lower it")
-    return config_lib.ModelConfig(
-        vocab_size=fields.size(hf, "vocab_size"),
-        d_model=d_model,
-        period=("mamba",),
-        num_periods=fields.size(hf, "num_hidden_layers"),
-        norm="rmsnorm",
-        norm_eps=fields.positive(hf, "layer_norm_epsilon"),
-        final_norm=True,
-        tie_embeddings=hf["tie_word_embeddings"],
-        mamba=config_lib.MambaConfig(
-            expand=expand,
-            d_state=fields.size(hf, "state_size"),
-            d_conv=fields.size(hf, "conv_kernel"),
-            dt_rank=math.ceil(d_model / 16) if rank == "auto" else fields.size(hf, "time_step_rank"),
-            dt_min=dt_min,
-            dt_max=dt_max,
-        ),
-    )
+    dt_rank = math.ceil(d_model / 16) if rank == "auto" else fields.size(hf, "time_step_rank")
+    return causal_lm.config_from_hf(_FAMILY, hf, dt_rank=dt_rank)
 
 
 def from_hf(state_dict: Mapping[str, np.ndarray], config: config_lib.ModelConfig) -> lm.Lm:

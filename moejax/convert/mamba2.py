@@ -35,12 +35,8 @@ _FAMILY = causal_lm.Family(
 # Fields of Mamba2Config with values that `models.lm.Lm` cannot express: those it can, and the remedy.
 _ALLOWED = {
     "model_type": (("mamba2",), "convert a Mamba2ForCausalLM"),
-    "hidden_act": (("silu", "swish"), "convert a model with this activation"),  # two names of one function
-    "use_bias": ((False,), "convert a model without biases in in_proj and out_proj"),
-    "use_conv_bias": ((True,), "convert a model whose convolution has a bias"),
     "rms_norm": ((True,), "convert a model with the gated norm"),
-    "tie_word_embeddings": ((False, True), "set it to one of them"),
-    "residual_in_fp32": ((True,), "set it to True, which changes nothing when the weights are float32"),
+    **causal_lm.ALLOWED,
 }
 # What config.json may lack: transformers 4 does not write its default, and only it knew rms_norm.
 _DEFAULTS = {"tie_word_embeddings": False, "rms_norm": True}
@@ -60,10 +56,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> config_lib.ModelConfig:
       ConfigError: a field is missing or out of range, or asks for what `models.lm.Lm` cannot express.
     """
     hf = {**_DEFAULTS, **hf}
-    for name, (allowed, remedy) in _ALLOWED.items():
-        value = fields.field(hf, name)
-        if value not in allowed:
-            raise config_lib.ConfigError(f"{name}={value} must be {' or '.join(map(str, allowed))}; {remedy}")
+    causal_lm.check_allowed(hf, _ALLOWED)
     _check_limit(fields.field(hf, "time_step_limit"))
     d_model, expand = fields.size(hf, "hidden_size"), fields.positive(hf, "expand")
     heads, d_head, groups = (fields.size(hf, name) for name in ("num_heads", "head_dim", "n_groups"))
@@ -74,28 +67,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> config_lib.ModelConfig:
         )
     if heads % groups:
         raise config_lib.ConfigError(f"n_groups={groups} does not divide num_heads={heads}; change it")
-    dt_min, dt_max = fields.positive(hf, "time_step_min"), fields.positive(hf, "time_step_max")
-    if dt_min > dt_max:
-        raise config_lib.ConfigError(f"time_step_min={dt_min} must be at most time_step_max={dt_max}; lower it")
-    return config_lib.ModelConfig(
-        vocab_size=fields.size(hf, "vocab_size"),
-        d_model=d_model,
-        period=("mamba2",),
-        num_periods=fields.size(hf, "num_hidden_layers"),
-        norm="rmsnorm",
-        norm_eps=fields.positive(hf, "layer_norm_epsilon"),
-        final_norm=True,
-        tie_embeddings=hf["tie_word_embeddings"],
-        mamba2=config_lib.Mamba2Config(
-            expand=expand,
-            d_state=fields.size(hf, "state_size"),
-            d_head=d_head,
-            num_groups=groups,
-            d_conv=fields.size(hf, "conv_kernel"),
-            dt_min=dt_min,
-            dt_max=dt_max,
-        ),
-    )
+    return causal_lm.config_from_hf(_FAMILY, hf, d_head=d_head, num_groups=groups)
 
 
 def from_hf(state_dict: Mapping[str, np.ndarray], config: config_lib.ModelConfig) -> lm.Lm:

@@ -1,103 +1,49 @@
 """Every implementation of the selective scan is the recurrence of the paper, in values and in gradients.
 
-The reference here is a loop in float64, with its gradients derived by hand. float32 keeps 7 digits and the sums are
-short, so 2e-5 of the largest value is a bound with room.
+The reference is a loop in float64 (`scan_loop`). float32 keeps 7 digits and the sums are short, so 2e-5 of the largest
+value is a bound with room. Kernels of platforms that are not here run in Pallas's interpreter.
 """
 
 import functools
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scan_loop import (
+    BATCH,
+    LENGTH,
+    NAMES,
+    adjoint,
+    assert_close,
+    assert_right,
+    draw,
+    draw_cotangents,
+    draw_segments,
+    recurrence,
+)  # fmt: skip
 
-from moejax.ops import scan
+from moejax.ops import scan, scan_pallas_gpu, scan_pallas_tpu
 
-BATCH, INNER, STATES = 2, 3, 4
-NAMES = ("u", "dt", "A", "B", "C", "D", "initial state")
-CHUNK, LENGTH = 3, 8
-# (chunk size, length): one token, one below, at and above a chunk, not a multiple, one token a chunk
-SHAPES = [(CHUNK, 1), (CHUNK, 2), (CHUNK, 3), (CHUNK, 4), (CHUNK, LENGTH), (1, 3)]
+# tokens a chunk; the TPU kernel's are a register's lanes, and the interpreter compiles long chunks of GPU's slowly
+CHUNK = dict.fromkeys(scan.IMPLEMENTATIONS, 3) | {"pallas_tpu": scan_pallas_tpu.CHUNK}
+# lengths as (chunks, more tokens): one token, two, one below, at and above a chunk, not a multiple of it
+LENGTHS = [(0, 1), (0, 2), (1, -1), (1, 0), (1, 1), (2, 2)]
 
-# those that run everywhere; test_scan_pallas has the kernels
 EVERYWHERE = [name for name in scan.IMPLEMENTATIONS if name not in scan.NEEDS]
-every_implementation = pytest.mark.parametrize("implementation", EVERYWHERE)
+every_implementation = pytest.mark.parametrize("implementation", list(scan.IMPLEMENTATIONS))
 
 
-def draw(length=LENGTH, seed=0, batch=BATCH) -> Any:
-    """(u, dt, A, B, C, D, initial state) in float32."""
-    rng = np.random.default_rng(seed)
-    values = (
-        rng.normal(size=(batch, length, INNER)),
-        np.exp(rng.uniform(np.log(0.01), np.log(2.0), size=(batch, length, INNER))),
-        -np.exp(rng.uniform(-1, 1, size=(INNER, STATES))),
-        rng.normal(size=(batch, length, STATES)),
-        rng.normal(size=(batch, length, STATES)),
-        rng.normal(size=INNER),
-        rng.normal(size=(batch, INNER, STATES)),
-    )
-    return tuple(value.astype(np.float32) for value in values)
-
-
-def draw_cotangents(length=LENGTH, seed=1, batch=BATCH):
-    """Weights of y and of the final state in a loss that uses both."""
-    rng = np.random.default_rng(seed)
-    return (
-        rng.normal(size=(batch, length, INNER)).astype(np.float32),
-        rng.normal(size=(batch, INNER, STATES)).astype(np.float32),
-    )
-
-
-def draw_segments(length=LENGTH, seed=2, batch=BATCH):
-    return np.cumsum(np.random.default_rng(seed).random((batch, length)) < 0.3, axis=1).astype(np.int32)
-
-
-def recurrence(inputs, segments):
-    """The paper's equations 2a and 2b with Algorithm 2's discretisation: y, the final state, and h[t-1], h[t]."""
-    u, dt, A, B, C, D, h = (np.array(x, np.float64) for x in inputs)
-    batch, length, inner = u.shape
-    y = np.zeros(u.shape)
-    before = np.zeros((batch, length, inner, A.shape[1]))
-    after = np.zeros_like(before)
-    for b in range(batch):
-        for t in range(length):
-            if t > 0 and segments[b, t] != segments[b, t - 1]:
-                h[b] = 0
-            before[b, t] = h[b]
-            for i in range(inner):
-                for n in range(A.shape[1]):
-                    h[b, i, n] = np.exp(dt[b, t, i] * A[i, n]) * h[b, i, n] + dt[b, t, i] * B[b, t, n] * u[b, t, i]
-                y[b, t, i] = h[b, i] @ C[b, t] + D[i] * u[b, t, i]
-            after[b, t] = h[b]
-    return y, h, before, after
-
-
-def adjoint(inputs, segments, cotangents):
-    """Gradients of sum(dy y) + sum(dstate final) for every input, by the chain rule backwards in time."""
-    _, _, before, after = recurrence(inputs, segments)
-    u, dt, A, B, C, D, _ = (np.asarray(x, np.float64) for x in inputs)
-    dy, g = (np.array(x, np.float64) for x in cotangents)
-    du, ddt, dA, dB, dC, dD = (np.zeros(x.shape) for x in (u, dt, A, B, C, D))
-    for b in range(u.shape[0]):
-        for t in reversed(range(u.shape[1])):
-            g[b] += np.outer(dy[b, t], C[b, t])
-            decay = np.exp(dt[b, t][:, None] * A)
-            du[b, t] = D * dy[b, t] + dt[b, t] * (g[b] @ B[b, t])
-            ddt[b, t] = (g[b] * before[b, t] * decay * A).sum(axis=1) + u[b, t] * (g[b] @ B[b, t])
-            dA += g[b] * before[b, t] * decay * dt[b, t][:, None]
-            dB[b, t] = (dt[b, t] * u[b, t]) @ g[b]
-            dC[b, t] = dy[b, t] @ after[b, t]
-            dD += dy[b, t] * u[b, t]
-            g[b] *= decay
-            if t > 0 and segments[b, t] != segments[b, t - 1]:
-                g[b] = 0
-    return du, ddt, dA, dB, dC, dD, g
+@pytest.fixture(autouse=True, scope="module")
+def short_gpu_chunks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan_pallas_gpu, "CHUNK", CHUNK["pallas_gpu"])
+        yield
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "chunk_size"))
-def run(inputs, segments, cotangents, *, implementation, chunk_size=CHUNK):
+def run(inputs, segments, cotangents, *, implementation, chunk_size=None):
     """((y, final state), gradients of every input)."""
 
     def outputs(*inputs):
@@ -107,17 +53,12 @@ def run(inputs, segments, cotangents, *, implementation, chunk_size=CHUNK):
             segment_ids_BL=segments,
             initial_state_BIN=state,
             implementation=implementation,
-            chunk_size=chunk_size,
+            chunk_size=chunk_size or CHUNK[implementation],
         )
 
-    values, pull_back = jax.vjp(outputs, *inputs)
-    return values, pull_back(cotangents)
-
-
-def assert_close(actual, expected, name="", tolerance=2e-5):
-    expected = np.asarray(expected, np.float64)
-    atol = tolerance * max(1.0, np.abs(expected).max())
-    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=0, atol=atol, err_msg=name)
+    with scan.interpreted():
+        values, pull_back = jax.vjp(outputs, *inputs)
+        return values, pull_back(cotangents)
 
 
 def test_the_adjoint_derived_by_hand_is_the_derivative_of_the_recurrence(slope):
@@ -136,26 +77,23 @@ def test_the_adjoint_derived_by_hand_is_the_derivative_of_the_recurrence(slope):
 
 
 @every_implementation
-@pytest.mark.parametrize(("chunk_size", "length"), SHAPES)
-def test_values_and_gradients_equal_the_float64_recurrence(implementation, chunk_size, length):
-    inputs, segments, cotangents = draw(length), draw_segments(length), draw_cotangents(length)
-    (y, state), gradients = run(inputs, segments, cotangents, implementation=implementation, chunk_size=chunk_size)
-    expected_y, expected_state, *_ = recurrence(inputs, segments)
-    assert_close(y, expected_y, "y")
-    assert_close(state, expected_state, "final state")
-    for name, actual, expected in zip(NAMES, gradients, adjoint(inputs, segments, cotangents), strict=True):
-        assert_close(actual, expected, f"gradient of {name}")
+@pytest.mark.parametrize(("chunks", "more"), LENGTHS)
+def test_values_and_gradients_equal_the_float64_recurrence(implementation, chunks, more):
+    length = chunks * CHUNK[implementation] + more
+    problem = draw(length), draw_segments(length), draw_cotangents(length)
+    assert_right(run(*problem, implementation=implementation), problem)
+
+
+@pytest.mark.parametrize("implementation", ["associative", "unrolled"])
+def test_chunks_of_one_token(implementation):
+    problem = draw(3), draw_segments(3), draw_cotangents(3)
+    assert_right(run(*problem, implementation=implementation, chunk_size=1), problem)
 
 
 @every_implementation
 def test_a_thousand_positions_equal_the_float64_recurrence(implementation):
-    inputs, segments, cotangents = draw(1000), draw_segments(1000) // 40, draw_cotangents(1000)  # some 8 documents
-    (y, state), gradients = run(inputs, segments, cotangents, implementation=implementation, chunk_size=8)
-    expected_y, expected_state, *_ = recurrence(inputs, segments)
-    assert_close(y, expected_y, "y")
-    assert_close(state, expected_state, "final state")
-    for name, actual, expected in zip(NAMES, gradients, adjoint(inputs, segments, cotangents), strict=True):
-        assert_close(actual, expected, f"gradient of {name}")
+    problem = draw(1000), draw_segments(1000) // 40, draw_cotangents(1000)  # some 8 documents
+    assert_right(run(*problem, implementation=implementation), problem)
 
 
 @every_implementation
@@ -192,13 +130,9 @@ def test_extreme_step_sizes_stay_finite_and_right(implementation, dt):
     inputs, segments, cotangents = list(draw()), draw_segments(), draw_cotangents()
     inputs[1] = np.full_like(inputs[1], dt)
     inputs[2] = -np.broadcast_to(np.array([1.0, 2.0, 8.0, 16.0], np.float32), inputs[2].shape)
-    (y, state), gradients = run(tuple(inputs), segments, cotangents, implementation=implementation)
-    expected_y, expected_state, *_ = recurrence(inputs, segments)
-    pairs = [(y, expected_y), (state, expected_state)]
-    pairs += zip(gradients, adjoint(inputs, segments, cotangents), strict=True)
-    for actual, expected in pairs:
-        assert np.isfinite(actual).all()
-        assert_close(actual, expected)
+    actual = run(tuple(inputs), segments, cotangents, implementation=implementation)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(actual))
+    assert_right(actual, (inputs, segments, cotangents))
 
 
 @every_implementation

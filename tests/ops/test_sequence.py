@@ -5,7 +5,6 @@ What is right comes from loops in float64 over whole rows; gradients from their 
 
 import functools
 import math
-import re
 from typing import Any
 
 import jax
@@ -14,9 +13,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from scan_loop import recurrence
 
 from moejax import config as config_lib
 from moejax import partition
+from moejax.analysis.collectives import collectives
 from moejax.layers import mamba
 from moejax.ops import attention, conv, scan, sequence, ssd
 
@@ -89,16 +90,10 @@ def draw_scan(length=LENGTH, seed=0) -> Any:
     return jax.tree.map(lambda x: x.astype(np.float32), (arrays, cotangents))
 
 
-def scan_loop(segments, u, dt, A, B, C, D):
-    """Mamba's equations 2a and 2b, position by position."""
-    u, dt, A, B, C, D = (np.asarray(x, np.float64) for x in (u, dt, A, B, C, D))
-    h, y = np.zeros((*u.shape[::2], A.shape[1])), np.zeros(u.shape)
-    for t in range(u.shape[1]):
-        if segments is not None and t > 0:
-            h = np.where((segments[:, t] == segments[:, t - 1])[:, None, None], h, 0)
-        h = np.exp(dt[:, t, :, None] * A) * h + (dt * u)[:, t, :, None] * B[:, t, None]
-        y[:, t] = np.einsum("bin,bn->bi", h, C[:, t]) + D * u[:, t]
-    return y, h
+def scan_loop(segments, *arrays):
+    """`scan_loop.recurrence` from a state of zero: y and the final state."""
+    segments = np.zeros(arrays[0].shape[:2]) if segments is None else segments
+    return recurrence((*arrays, np.zeros((BATCH, INNER, STATES))), segments)[:2]
 
 
 def sharded_scan(segments, implementation=None):
@@ -303,21 +298,6 @@ def test_where_nothing_splits_the_sequence_the_program_is_that_of_the_op_alone(s
 
         assert program(split, mesh) == program(alone, mesh)
         assert program(split, mesh_of(sequence=4)) != program(alone, mesh_of(sequence=4))
-
-
-def collectives(text):
-    """(operation, bytes of its result) of every collective in a compiled program's text that has more than itself."""
-    names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-    width = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
-    found = []
-    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
-        operation = re.search(rf"= ([^=]*?) ({names})(?:-start)?\(", line)
-        if operation is None or re.search(r"replica_groups={({\d+},?)+}", line):  # each device by itself
-            continue
-        arrays = re.findall(r"(\w+)\[(.*?)\]", operation[1])
-        sizes = [width[kind] * math.prod(map(int, dims.split(",") if dims else ())) for kind, dims in arrays]
-        found.append((operation[2], sum(sizes)))
-    return found
 
 
 def test_a_mamba_layer_sends_halos_and_states_and_no_sequence():
