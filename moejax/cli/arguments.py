@@ -1,0 +1,132 @@
+"""What the command line takes."""
+
+import argparse
+import pathlib
+import typing
+from typing import Any
+
+from moejax import config as config_lib
+from moejax.cli import commands as commands_lib
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise config_lib.ConfigError(f"{message}; see {self.prog} --help")
+
+
+def build() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="moejax",
+        description="Sparse experts and state space models in JAX.",
+        allow_abbrev=False,
+        epilog=_TOUR,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, function: Any, example: str, group: Any = commands) -> argparse.ArgumentParser:
+        help_line = (function.__doc__ or "").strip()
+        sub = group.add_parser(
+            name,
+            help=help_line,
+            description=help_line,
+            epilog=f"example:\n  {example}",
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(function=function)
+        return sub
+
+    def takes_config(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--config", required=True, metavar="FILE[:ARG]", help="Python file with get_config(ARG)")
+        sub.add_argument_group("overrides", "--config.a.b=VALUE sets a field, e.g. --config.model.moe.num_experts=32")
+
+    def takes_workdir(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--workdir", required=True, type=pathlib.Path, metavar="DIR", help="the run's folder")
+
+    def writes_json(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--json", action="store_true", help="print JSON for a program to read")
+
+    sub = command(
+        "train", commands_lib.train, "moejax train --config=configs/quickstart.py --workdir=runs/a --config.data.seed=1"
+    )
+    takes_config(sub)
+    takes_workdir(sub)
+
+    sub = command("eval", commands_lib.evaluate, "moejax eval --workdir=runs/a")
+    takes_workdir(sub)
+    writes_json(sub)
+
+    sub = command(
+        "generate", commands_lib.generate, 'moejax generate --workdir=runs/a --prompt="The river" --temperature=0.8'
+    )
+    takes_workdir(sub)
+    sub.add_argument("--prompt", action="append", default=[], help="how a document begins; may be given several times")
+    sub.add_argument("--prompts", type=pathlib.Path, metavar="FILE", help="more prompts, one a line")
+    sub.add_argument("--num_tokens", type=int, default=100, help="tokens to write at most (default 100)")
+    sub.add_argument("--num_samples", type=int, default=1, help="continuations of each prompt (default 1)")
+    sub.add_argument("--temperature", type=float, default=0.8, help="0 takes the most probable token (default 0.8)")
+    sub.add_argument("--top_k", type=int, default=50, help="draw from so many tokens; 0 for all (default 50)")
+    sub.add_argument("--top_p", type=float, default=1.0, help="and of those from so much probability (default 1: all)")
+    sub.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    sub.add_argument("--stop", action="append", default=[], help="text to end before; may be given several times")
+    sub.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="show tokens as they are made (default: on a terminal, if there is one continuation)",
+    )
+    sub.add_argument("--label", default="", help="topic or domain of the documents, for model.moe.router=label")
+    sub.add_argument(
+        "--max_length",
+        type=int,
+        default=0,
+        help="longest prompt + continuation (default: a training row with attention, else no limit)",
+    )
+    writes_json(sub)
+
+    sub = command(
+        "params", commands_lib.params, "moejax params --config=configs/quickstart.py --config.model.moe.num_experts=64"
+    )
+    takes_config(sub)
+    writes_json(sub)
+
+    sub = command("report", commands_lib.report, "moejax report runs/a runs/b")
+    sub.add_argument("folders", nargs="+", type=pathlib.Path, metavar="DIR", help="folders of runs")
+    sub.add_argument("--output", type=pathlib.Path, help="page to write (default: report.html in the first folder)")
+
+    about = "Prepares a corpus, and shows it."
+    data = commands.add_parser("data", help=about, description=about, allow_abbrev=False)
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
+    source = "--config.data.source=files:c4-train.*.json.gz --config.data.tokenizer=gpt2"
+    sub = command(
+        "prepare",
+        commands_lib.data_prepare,
+        f"moejax data prepare --config=configs/c4.py --output=c4_gpt2 {source}",
+        actions,
+    )
+    takes_config(sub)
+    sub.add_argument("--output", required=True, metavar="DIR", help="local folder; a call on the same folder goes on")
+    sub.add_argument(
+        "--form",
+        choices=("documents", "rows"),
+        default="documents",
+        help="documents: a record a document, any packing and length in training (default); rows: packed here",
+    )
+    sub.add_argument("--num_shards", type=int, default=0, help="training shards (default: one for 256 MB of files)")
+    sub.add_argument("--shard", default="0/1", metavar="I/N", help="make every N-th shard from the I-th on")
+    writes_json(sub)
+    sub = command(
+        "inspect", commands_lib.data_inspect, f"moejax data inspect --config=configs/c4.py --rows=2 {source}", actions
+    )
+    takes_config(sub)
+    sub.add_argument("--rows", type=int, default=4, help="rows to show (default 4)")
+    writes_json(sub)
+    return parser
+
+
+_TOUR = """\
+a first tour:
+  moejax train    --config=configs/quickstart.py --workdir=runs/a
+  moejax eval     --workdir=runs/a
+  moejax generate --workdir=runs/a --prompt="The river"
+  moejax report   runs/a"""

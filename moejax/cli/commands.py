@@ -1,0 +1,159 @@
+"""The subcommands: each takes its arguments and the overrides of the config, and returns the exit status.
+
+Heavy imports (jax, flax, orbax) wait until a subcommand runs, so that --help and a mistyped flag answer at once.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import sys
+
+from moejax import config as config_lib
+from moejax.cli.overrides import read_config
+
+
+def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Trains, or resumes what is in the workdir."""
+    config = read_config(arguments.config, overrides)
+    from moejax.training import trainer
+
+    keep_compiled_programs()
+    try:
+        trainer.train(config, arguments.workdir)
+    except trainer.TrainingError as error:
+        print(f"moejax: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace, _: list[str]) -> int:
+    """Loss and perplexity on the held-out split."""
+    from moejax.analysis import run as run_lib
+
+    keep_compiled_programs()
+    summary = run_lib.evaluate_run(run_lib.load(arguments.workdir))
+    if arguments.json:
+        print(json.dumps(summary))
+        return 0
+    print(
+        f"step {summary['step']}: validation loss {summary['loss']:.4f} nats/token, perplexity "
+        f"{summary['perplexity']:.2f}, {summary['bits_per_byte']:.4f} bits/byte "
+        f"({summary['documents']:,} documents, {summary['tokens']:,} tokens)"
+    )
+    baselines = ", ".join(f"{name} {nats:.4f}" for name, nats in summary["baselines"].items())
+    print(f"baselines on the same documents, nats/token: {baselines}")
+    return 0
+
+
+def generate(arguments: argparse.Namespace, _: list[str]) -> int:
+    """Continues prompts."""
+    from moejax.analysis import generation
+    from moejax.analysis import run as run_lib
+
+    request = generation.request(arguments)
+    stream = generation.streams(arguments, request)
+    keep_compiled_programs()
+    run = run_lib.load(arguments.workdir)
+    if stream:
+        print(request.prompts[0], end="", flush=True)
+        cost = generation.write(run, request, show=lambda piece: print(piece, end="", flush=True))[1]
+        print()
+    else:
+        written, cost = generation.write(run, request)
+        for one in written:
+            print(json.dumps(one.to_json()) if arguments.json else one.prompt + one.text)
+    print(cost, file=sys.stderr)
+    return 0
+
+
+def params(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Total and active parameters, by component."""
+    config = read_config(arguments.config, overrides)
+    from moejax.analysis import params as params_lib
+
+    counts = params_lib.count(config.model)
+    print(json.dumps(counts) if arguments.json else params_lib.table(counts))
+    return 0
+
+
+def report(arguments: argparse.Namespace, _: list[str]) -> int:
+    """One self-contained HTML page about one run or several."""
+    from moejax.analysis import generation
+    from moejax.analysis import report as report_lib
+
+    keep_compiled_programs()
+    for folder in arguments.folders:
+        report_lib.read(folder)  # refuses what is not a run's folder before anything is computed
+    for folder in arguments.folders:
+        try:
+            generation.complete(folder)
+        except config_lib.ConfigError as error:
+            print(f"moejax: the report goes without an evaluation or sample: {error}", file=sys.stderr)
+    print(report_lib.write(arguments.folders, arguments.output))
+    return 0
+
+
+def data_prepare(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Tokenises the corpus of a config once, into shards that training reads."""
+    if "://" in arguments.output:
+        raise config_lib.ConfigError(f"--output={arguments.output} is remote; name a local folder, and copy it there")
+    if arguments.num_shards < 0:
+        raise config_lib.ConfigError(f"--num_shards={arguments.num_shards} must be 0 or more; change it")
+    place, _, count = arguments.shard.partition("/")
+    if not (place.isdecimal() and count.isdecimal() and int(place) < int(count)):
+        raise config_lib.ConfigError(f"--shard={arguments.shard} must be i/n with i from 0 to n - 1, e.g. 0/4")
+    config = read_config(arguments.config, overrides)
+    from moejax.data import preparation
+
+    outcome = preparation.prepare(
+        config.data,
+        pathlib.Path(arguments.output).expanduser(),
+        form=arguments.form,
+        num_shards=arguments.num_shards,
+        part=(int(place), int(count)),
+    )
+    if arguments.json:
+        print(json.dumps({"made": outcome.made, "missing": outcome.missing, "manifest": outcome.manifest}))
+    elif outcome.missing:
+        print(f"{arguments.output}: waits for {len(outcome.missing)} shards of other calls (--shard)")
+    else:
+        print(f"{arguments.output} is ready: --config.data.source=prepared:{arguments.output}")
+    return 0
+
+
+def data_inspect(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Shows the rows of a config as text, and figures of its documents."""
+    if arguments.rows < 0:
+        raise config_lib.ConfigError(f"--rows={arguments.rows} must be 0 or more; change it")
+    config = read_config(arguments.config, overrides)
+    from moejax.data import inspection, pipeline
+
+    data = pipeline.load(config.data)
+    summary = inspection.summarise(data, config.data)
+    if arguments.json:
+        print(json.dumps(inspection.to_json(summary)))
+        return 0
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for number, row in enumerate(inspection.first_rows(data, config.data, arguments.rows)):
+        print(f"row {number}\n{inspection.show_row(row, data.tokenizer, colour=colour)}\n")
+    print(inspection.show_summary(summary))
+    return 0
+
+
+def keep_compiled_programs() -> None:
+    """Lets jax keep compiled programs in the cache folder, so that resuming or evaluating a run starts at once.
+
+    A folder a processor: a program compiled for one may not run on another that shares the home folder.
+    """
+    import jax
+
+    from moejax.data import cache
+
+    if jax.config.values.get("jax_compilation_cache_dir") is None:
+        cpuinfo = pathlib.Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        features = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+        folder = f"xla-{cache.digest([platform.machine(), *features])}"
+        jax.config.update("jax_compilation_cache_dir", str(cache.folder() / folder))
