@@ -171,7 +171,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step_and_the_last
 
         def run_step(train_state, batch):
             train_state, metrics = step(train_state, batch)
-            if int(train_state.step) == 5:
+            if int(train_state.step) == 6:  # which is to be saved
                 metrics["loss"] = metrics["loss"] * np.nan
             return train_state, metrics
 
@@ -179,10 +179,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step_and_the_last
 
     monkeypatch.setattr(state, "make_train_step", poisoned)
     workdir = tmp_path / "run"
-    with pytest.raises(trainer.TrainingError, match=r"^step 5 is not finite .*the last good checkpoint is step 3;"):
+    with pytest.raises(trainer.TrainingError, match=r"^step 6 is not finite .*the last good checkpoint is step 3;"):
         trainer.train(on_eight_devices(config), workdir)
     assert sorted(int(entry.name) for entry in (workdir / "checkpoints").iterdir()) == [3]
-    assert rows(workdir)[-1]["step"] == 5
+    assert rows(workdir)[-1]["step"] == 6
     assert rows(workdir)[-1]["loss"] is None
 
 
@@ -198,7 +198,10 @@ def test_a_signal_during_an_evaluation_still_saves_the_step(corpus, compiled, tm
     monkeypatch.setattr(evaluate, "evaluate", interrupted)
     monkeypatch.setattr(state, "make_train_step", compiled)
     workdir = tmp_path / "run"
-    trainer.train(on_eight_devices(config), workdir)
+    try:
+        trainer.train(on_eight_devices(config), workdir)
+    except KeyboardInterrupt:
+        pytest.fail("SIGINT was not taken as a wish to save")
     assert "stopped by SIGINT after step 4, saved" in capsys.readouterr().err
     assert [int(entry.name) for entry in (workdir / "checkpoints").iterdir()] == [4]
     assert [row["step"] for row in rows(workdir)] == [1, 2, 3, 4]
