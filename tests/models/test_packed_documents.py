@@ -40,7 +40,8 @@ def make_model(name):
     config.mamba2.d_state, config.mamba2.d_head, config.mamba2.chunk_size = 3, 4, 3
     if "mamba_moe" in config.period:
         config.mamba.moe_projections = ("conv", "out")
-    config.moe = config_lib.MoeConfig(num_experts=4, d_expert=8, top_k=2, capacity_factor=0)  # drops nothing
+    # drops nothing; by capacity, which is a third of what grouped products take to compile
+    config.moe = config_lib.MoeConfig(num_experts=4, d_expert=8, top_k=2, capacity_factor=0, dispatch="capacity")
     return lm.Lm(config, rngs=nnx.Rngs(params=0))
 
 

@@ -1,7 +1,9 @@
 """Training steps on a made-up batch. Compiling is what takes the time in these tests: all of it is done once."""
 
 import copy
+import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -41,16 +43,26 @@ def place(config: config_lib.Config, batch: dict[str, np.ndarray]) -> dict[str, 
 
 
 def make_mesh(config: config_lib.Config) -> jax.sharding.Mesh:
-    return partition.make_mesh(config.mesh, jax.devices()[:1] if config.mesh.fsdp == -1 else None)
+    """Of as many devices as its sizes ask for; of one where fsdp is the rest, as in tiny.py."""
+    sizes = dataclasses.astuple(config.mesh)
+    return partition.make_mesh(config.mesh, jax.devices()[: 1 if config.mesh.fsdp == -1 else math.prod(sizes)])
 
 
 def initial(config: config_lib.Config) -> state.TrainState:
     """What state.create gives (test_state.py compares them), without compiling it for each mesh anew."""
     model = copy.deepcopy(config.model)
     model.moe.balance_weight = -1.0  # no part of the state
-    made = _initial(model, copy.deepcopy(config.optimizer), config.training.seed)
-    places, structure = jax.tree.flatten(state.shardings(config, make_mesh(config)))
-    return structure.unflatten(jax.device_put(made, places, may_alias=False))  # a step consumes it
+    return _put(config, _initial(model, copy.deepcopy(config.optimizer), config.training.seed))
+
+
+def _put(config: config_lib.Config, leaves: list[Any]) -> state.TrainState:
+    places, structure = _places(copy.deepcopy(config))
+    return structure.unflatten(jax.device_put(leaves, places, may_alias=False))  # copies: a step consumes its state
+
+
+@functools.cache
+def _places(config: config_lib.Config):
+    return jax.tree.flatten(state.shardings(config, make_mesh(config)))
 
 
 @functools.cache
@@ -62,17 +74,24 @@ def _initial(model: config_lib.ModelConfig, optimizer: config_lib.OptimizerConfi
 
 
 @functools.cache
-def compiled(config: config_lib.Config):
-    """The step of a config that nobody changes any more."""
+def _compiled(config: config_lib.Config):
     rules.validate(config)
     mesh = make_mesh(config)
     partition.check_batch(config, mesh)
     return state.make_train_step(config, mesh)
 
 
+def take(
+    config: config_lib.Config, before: state.TrainState, batch: dict[str, np.ndarray]
+) -> tuple[state.TrainState, dict[str, Any]]:
+    """One step from any state of this model, which stays; the next one and the metrics, on the host."""
+    step = _compiled(copy.deepcopy(config))
+    return jax.device_get(step(_put(config, jax.tree.leaves(before)), place(config, batch)))
+
+
 def run(config: config_lib.Config, num_steps: int = 1, **more: np.ndarray) -> Run:
     """From initialisation, on the batch of make_batch with `more` in it."""
-    step, batch = compiled(copy.deepcopy(config)), place(config, make_batch(config) | more)
+    step, batch = _compiled(copy.deepcopy(config)), place(config, make_batch(config) | more)
     first = current = initial(config)
     models, metrics = [], []
     for _ in range(num_steps):

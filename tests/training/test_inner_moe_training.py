@@ -1,22 +1,20 @@
 """Laws of training a model with experts inside its Mamba blocks: loss, statistics, layout, generation, counts."""
 
-import copy
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import steps
 import tiny
 from flax import nnx
-from test_state import make_batch
 
 from moejax import config as config_lib
-from moejax import partition, rules
+from moejax import partition
 from moejax.layers import block
 from moejax.models import lm
-from moejax.training import optimizer, state, tables, trainer
+from moejax.training import optimizer, tables, trainer
 
 
 @pytest.fixture
@@ -34,37 +32,16 @@ def config() -> config_lib.Config:
     return c
 
 
-@functools.cache
-def initial(config: config_lib.Config):
-    """The state before the first step, on the host."""
-    return jax.device_get(state.create(config, partition.make_mesh(config.mesh, jax.devices()[:1])))
-
-
-@functools.cache
-def compiled(config: config_lib.Config):
-    """step(state, batch) -> (the next state, metrics), from the host and back."""
-    rules.validate(config)
-    mesh = partition.make_mesh(config.mesh, jax.devices()[: 1 if config.mesh.fsdp == -1 else 4])
-    partition.check_batch(config, mesh)
-    run, places = state.make_train_step(config, mesh), state.shardings(config, mesh)
-
-    def step(before, batch):
-        placed = jax.device_put(batch, partition.batch_sharding(mesh))
-        return jax.device_get(run(jax.device_put(before, places), placed))
-
-    return step
-
-
 def test_metrics_have_a_row_for_every_mixture_in_depth_order(config):
-    c = copy.deepcopy(config)
-    _, metrics = compiled(c)(initial(c), make_batch(c))
+    initial, batch = steps.initial(config), steps.make_batch(config)
+    _, metrics = steps.take(config, initial, batch)
     routing = metrics["routing"]
     assert routing["load"].shape == (2, 4)
     np.testing.assert_allclose(routing["load"].sum(axis=1), 1, rtol=1e-6)
     np.testing.assert_allclose(routing["experts_per_token"], 1, rtol=1e-6)
     assert np.isfinite(metrics["loss"])
-    later = dataclasses.replace(initial(c), step=np.array(1, np.int32))
-    assert compiled(c)(later, make_batch(c))[1]["routing"]["z_loss"] != routing["z_loss"]  # other keys
+    later = dataclasses.replace(initial, step=initial.step + 1)
+    assert steps.take(config, later, batch)[1]["routing"]["z_loss"] != routing["z_loss"]  # other keys
     config.model.prefix, config.model.suffix = ("mamba_moe",), ("moe", "mamba_moe")
     config.model.mamba.moe_projections, config.model.moe.group_size = ("gate", "out"), 0
     model, tokens = lm.abstract(config.model), jax.ShapeDtypeStruct((2, 32), jnp.int32)
@@ -80,18 +57,18 @@ def test_auxiliary_losses_enter_the_objective_with_their_weight_as_a_mean_over_m
     Against differences of the reported mean, in float32: 1 %. They move the last router, whose logits alone then move,
     smoothly; the noise is that of the step's keys in all of them.
     """
-    c, batch = copy.deepcopy(config), make_batch(config)
+    before, batch = steps.initial(config), steps.make_batch(config)
     batch["loss_mask_BL"] = np.zeros_like(batch["loss_mask_BL"])
-    step, before = compiled(c), initial(c)
     weight = before.model.periods.blocks[0].branches[0].gate_proj.router.weight[...]
-    moment = step(before, batch)[0].opt_state[0].mu["periods"]["blocks"][0]["branches"][0]["gate_proj"]["router"]
+    after, _ = steps.take(config, before, batch)
+    moment = after.opt_state[0].mu["periods"]["blocks"][0]["branches"][0]["gate_proj"]["router"]
     direction = np.random.default_rng(0).normal(size=weight.shape).astype(np.float32)
     direction[0] = 0
 
     def z_loss(moved):
         model = jax.tree.map(lambda leaf: leaf, before.model)
         model.periods.blocks[0].branches[0].gate_proj.router.weight.set_value(moved)
-        return step(dataclasses.replace(before, model=model), batch)[1]["routing"]["z_loss"]
+        return steps.take(config, dataclasses.replace(before, model=model), batch)[1]["routing"]["z_loss"]
 
     slope = (z_loss(weight + 1e-2 * direction) - z_loss(weight - 1e-2 * direction)) / 2e-2
     assert np.abs(slope) > 1e-2
@@ -100,10 +77,10 @@ def test_auxiliary_losses_enter_the_objective_with_their_weight_as_a_mean_over_m
 
 def test_layout_changes_no_number(config):
     """Two microbatches on four devices against one batch on one; noise included, groups of two rows."""
-    one, batch = copy.deepcopy(config), make_batch(config)
-    whole, metrics = compiled(one)(initial(one), batch)
+    initial, batch = steps.initial(config), steps.make_batch(config)
+    whole, metrics = steps.take(config, initial, batch)
     config.mesh, config.training.num_microbatches = config_lib.MeshConfig(data=1, fsdp=1, expert=2, tensor=2), 2
-    split, others = compiled(config)(initial(one), batch)
+    split, others = steps.take(config, initial, batch)
     for name in metrics["routing"]:
         np.testing.assert_allclose(others["routing"][name], metrics["routing"][name], rtol=5e-5, atol=1e-6)
     np.testing.assert_allclose(others["loss"], metrics["loss"], rtol=1e-5)
