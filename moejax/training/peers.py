@@ -113,6 +113,7 @@ class Peers:
         self._failure: tuple[float, str] | None = None  # when to end because another process has failed, and its line
         self._closed = threading.Event()
         self._sending = threading.Lock()
+        self._ending = threading.Lock()  # whoever has it ends this process: the watch, or the run itself
 
     def watch(self) -> None:
         """Ends this process, with one line that says whom it misses and status 1, once another one is lost."""
@@ -121,6 +122,8 @@ class Peers:
 
     def end(self, status: int) -> None:
         """Tells the others that this process ends and with which status; 0: it has done its part of the run."""
+        if status:
+            self._ending.acquire()
         self._tell(ended=status)
         if status and self._place.process_id == 0:
             self._linger()
@@ -137,14 +140,11 @@ class Peers:
 
     def _tell(self, **message: Any) -> None:
         with self._sending:
-            for process, connection in self._connections.items():
-                if process not in self._ended:
-                    with contextlib.suppress(OSError):  # the watch sees that it is gone
-                        connection.send(**message)
+            _answer(self._connections, **message)
 
     def _watch(self) -> None:
         told = 0.0
-        while not self._closed.is_set():
+        while not (self._closed.is_set() or self._ending.locked()):
             now = time.monotonic()
             if now - told >= SIGN_OF_LIFE:
                 self._tell(alive=True)
@@ -184,6 +184,8 @@ class Peers:
 
     def _leave(self, line: str) -> None:
         """Ends this process now, whatever its other threads are doing: they wait for one that does not come."""
+        if not self._ending.acquire(blocking=False):
+            return
         print(f"moejax: {line}; run the same command again to go on from the last checkpoint", file=sys.stderr)
         self._tell(lost=line)
         if self._place.process_id == 0:
@@ -193,10 +195,10 @@ class Peers:
     def _linger(self) -> None:
         """Waits until the others have read the last message: jax aborts them when process 0 is gone."""
         deadline = time.monotonic() + GRACE + 1
-        for process, connection in self._connections.items():
+        for connection in self._connections.values():
             with contextlib.suppress(OSError):
                 connection.socket.shutdown(socket.SHUT_WR)
-            while process not in self._ended and time.monotonic() < deadline and connection.receive() is not None:
+            while time.monotonic() < deadline and connection.receive() is not None:
                 pass
 
 
@@ -341,7 +343,7 @@ def _listen(place: Place) -> socket.socket:
     except OSError as error:
         raise config_lib.ConfigError(
             f"coordinator={place.coordinator}: process 0 cannot listen on port {port} "
-            f"({error.strerror or error}); choose another port"
+            f"({os.strerror(error.errno) if error.errno else error}); choose another port"
         ) from None
 
 
