@@ -76,7 +76,7 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     every = max(1, options.num_steps // 3)
     arguments = [f"--config={options.config}", f"--config.training.num_steps={options.num_steps}", *overrides]
-    arguments += [f"--config.checkpoint.every={every}", "--config.training.eval_every=1000000"]
+    arguments += [f"--config.checkpoint.every={every}", "--config.training.eval_batches=1"]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # no process is left behind
     failed = False
     running: list[subprocess.Popen] = []

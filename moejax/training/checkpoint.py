@@ -97,7 +97,7 @@ class Checkpoints:
                 assert leaves is not None
                 state, problem = _check(abstract, leaves)
             if state is None:
-                on_corrupt(step, problem or "for another process")
+                on_corrupt(step, problem or "another process cannot read it")
                 damaged.append(step)
                 continue
             self._set_aside(damaged)
