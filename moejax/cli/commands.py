@@ -11,7 +11,7 @@ import platform
 import sys
 
 from moejax import config as config_lib
-from moejax.cli.overrides import read_config
+from moejax.cli.overrides import overridden, read_config
 
 
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -76,6 +76,45 @@ def params(arguments: argparse.Namespace, overrides: list[str]) -> int:
     counts = params_lib.count(config.model)
     print(json.dumps(counts) if arguments.json else params_lib.table(counts))
     return 0
+
+
+def verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Runs one batch on every mesh, microbatch count and dispatcher, and compares losses and gradients.
+
+    On virtual CPU devices, in float32, with a small version of the config's model; what --config.a.b=VALUE sets stays.
+    """
+    if arguments.devices < 1:
+        raise config_lib.ConfigError(f"--devices={arguments.devices} must be 1 or more; change it")
+    config = read_config(arguments.config, overrides)
+    from moejax.analysis import combinations, reduction, verify_table
+    from moejax.analysis import verify as verify_lib
+
+    named = overridden(overrides)
+    devices = verify_lib.cpu_devices(arguments.devices)
+    small = reduction.reduce(config, named, len(devices))
+    chosen = combinations.cover(small, named, len(devices))
+    about = (
+        f"reduced: {reduction.changes(config, small)}; on {len(devices)} virtual CPU devices, in float32\n"
+        f"runs {combinations.RULE.format(len(devices))}\n"
+    )
+    print(about, file=sys.stderr)
+    verifier = verify_lib.Verifier(config, small, devices)
+    table, outcomes = verify_table.Table(small, verifier.groups, chosen), []
+    if not arguments.json:
+        print(table.header(), flush=True)
+    for outcome in verifier.run(chosen):
+        outcomes.append(outcome)
+        if not (arguments.json or outcome.skipped):
+            print(table.row(outcome), flush=True)
+    if all(outcome.skipped for outcome in outcomes):
+        raise config_lib.ConfigError(outcomes[0].skipped)
+    passed = not any(outcome.failures for outcome in outcomes)
+    if arguments.json:
+        rows = [verify_table.to_json(outcome) for outcome in outcomes]
+        print(json.dumps({"passed": passed, "tolerance": verify_lib.TOLERANCE, "combinations": rows}))
+    else:
+        print("\n".join(["", *verify_table.summary(outcomes, len(devices))]))
+    return 0 if passed else 1
 
 
 def report(arguments: argparse.Namespace, _: list[str]) -> int:
