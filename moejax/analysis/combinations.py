@@ -24,9 +24,9 @@ DISPATCHERS: dict[str, dict[str, Any]] = {
 PINS = ("dispatch", "grouped_matmul")  # of model.moe: one that the user sets leaves out dispatchers with another
 
 RULE = (
-    "as configured: one device, each mesh axis alone at every divisor of {0}, and {0} devices over several axes, a prime "
-    "factor each, in every choice of axes; one device and each axis alone at {0} with every microbatch count, too; with "
-    "every other dispatcher: one device and all those meshes of {0} devices"
+    "as configured: one device, each mesh axis alone at every divisor of {0}, and {0} devices over several axes, a "
+    "prime factor each, until every two axes have met; one device and each axis alone at {0} with every microbatch "
+    "count, too; with every other dispatcher: one device and all those meshes of {0} devices"
 )
 
 
@@ -64,16 +64,21 @@ class Combination:
 def meshes(num_devices: int, axes: Sequence[str] = partition.AXES) -> list[dict[str, int]]:
     """Sizes of axes, but for those of 1: one device; each axis alone at every divisor; all devices over several axes.
 
-    Those several get a prime factor each, in every choice of axes: with 8 devices any three axes are 2 x 2 x 2, so any
-    two meet.
+    Those several get a prime factor each: 8 devices are 2 x 2 x 2, and four such meshes make any two of five axes meet.
     """
-    sizes: list[dict[str, int]] = [{}]
     divisors = [size for size in range(2, num_devices + 1) if num_devices % size == 0]
-    sizes += [dict([(axis, size)]) for axis in axes for size in divisors]
+    sizes: list[dict[str, int]] = [{}, *({str(axis): size} for axis in axes for size in divisors)]
     factors = _prime_factors(num_devices)
     spread = [math.prod(factors[place :: len(axes)]) for place in range(min(len(factors), len(axes)))]
-    sizes += [dict(zip(chosen, spread, strict=True)) for chosen in itertools.combinations(axes, len(spread))]
-    return [size for place, size in enumerate(sizes) if size not in sizes[:place]]
+    choices, met = list(itertools.combinations(axes, len(spread))), set[tuple[str, ...]]()
+
+    def new(chosen: tuple[str, ...]) -> set[tuple[str, ...]]:
+        return set(itertools.combinations(chosen, 2)) - met
+
+    while choices and new(best := max(choices, key=lambda chosen: len(new(chosen)))):
+        met |= new(best)
+        sizes.append(dict(zip(best, spread, strict=True)))
+    return sizes
 
 
 def _prime_factors(number: int) -> list[int]:
