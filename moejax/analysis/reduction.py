@@ -24,7 +24,7 @@ def reduce(config: config_lib.Config, named: Collection[str], num_devices: int) 
     Args:
       config: validated; it stays as it is.
       named: fields that the user set, by dotted path ("model.d_model"); they are not changed.
-      num_devices: widths are multiples of it wherever d_model is free, and so are rows and positions.
+      num_devices: widths, rows and positions are multiples of it.
 
     Raises:
       ConfigError: the rules of config.model allow nothing as small with the fields that are named.
@@ -35,9 +35,12 @@ def reduce(config: config_lib.Config, named: Collection[str], num_devices: int) 
     def up(size: int) -> int:
         return num_devices * math.ceil(size / num_devices)
 
+    used = {"mlp": model.uses("mlp"), "moe": model.has_experts, "mamba2": model.uses("mamba2")}
+    used["mamba"] = model.uses("mamba") or model.uses("mamba_moe")
+
     def change(path: str, value: Any) -> None:
         group, _, name = path.rpartition(".")
-        if path not in named:
+        if path not in named and used.get(group.removeprefix("model."), True):
             setattr(checks.get(small, group), name, value)
 
     def at_most(path: str, size: int) -> None:
@@ -54,7 +57,7 @@ def reduce(config: config_lib.Config, named: Collection[str], num_devices: int) 
     change("model.mamba2.chunk_size", 4)
     at_most("model.mlp.d_ff", up(16))
     at_most("model.moe.d_expert", up(16))
-    if config_lib.SCANS[model.mamba.scan]:  # a kernel of another platform
+    if config_lib.SCANS.get(model.mamba.scan):  # a kernel of another platform
         change("model.mamba.scan", "auto")
     if moe.hash_table.endswith(".npy"):  # an entry for each token of the whole vocabulary
         change("model.moe.hash_table", "random")
@@ -66,25 +69,27 @@ def reduce(config: config_lib.Config, named: Collection[str], num_devices: int) 
     model.compute_dtype = "float32"
     change("data.batch_size", num_rows(small, num_devices))
 
-    def narrow() -> None:
-        for width in range(up(16), model.d_model, num_devices):
-            trial = copy.deepcopy(model)
-            trial.d_model = width
-            if "model.mamba2.d_head" not in named:
-                heads = math.lcm(num_devices, trial.mamba2.num_groups)
-                trial.mamba2.d_head = max(1, int(trial.mamba2.expand * width) // heads)
-            try:
-                model_rules.validate(trial)
-            except config_lib.ConfigError:
-                continue
-            model.d_model, model.mamba2.d_head = width, trial.mamba2.d_head
-            return
-
     if "model.d_model" not in named:
-        narrow()
+        _narrow(model, "model.mamba2.d_head" in named, up(16), num_devices)
     model_rules.validate(model)
     model_rules.validate_causal(small)
     return small
+
+
+def _narrow(model: config_lib.ModelConfig, keep_heads: bool, least: int, multiple: int) -> None:
+    """Gives the model the least width that its rules allow, with heads of Mamba-2 that any mesh can share."""
+    for width in range(least, model.d_model, multiple):
+        trial = copy.deepcopy(model)
+        trial.d_model = width
+        if trial.uses("mamba2") and not keep_heads:
+            heads = math.lcm(multiple, trial.mamba2.num_groups)
+            trial.mamba2.d_head = max(1, int(trial.mamba2.expand * width) // heads)
+        try:
+            model_rules.validate(trial)
+        except config_lib.ConfigError:
+            continue
+        model.d_model, model.mamba2.d_head = width, trial.mamba2.d_head
+        return
 
 
 def num_rows(config: config_lib.Config, num_devices: int) -> int:
@@ -98,18 +103,13 @@ def num_rows(config: config_lib.Config, num_devices: int) -> int:
     return rows * max(1, math.ceil(wanted / (rows * length)))
 
 
-def changes(config: config_lib.Config, small: config_lib.Config) -> str:
-    """The fields that `reduce` changed, in one line."""
-    found = config_lib.differences(config, small)
-    return ", ".join(f"{path}={_spell(new)}" for path, _, new in found) or "nothing"
-
-
-def _spell(value: Any) -> str:
-    return f"({','.join(value)})" if isinstance(value, list) else str(value)
+def changes(config: config_lib.Config, small: config_lib.Config) -> dict[str, Any]:
+    """The fields that `reduce` changed, by dotted path, and what they are now."""
+    return {path: new for path, _, new in config_lib.differences(config, small)}
 
 
 def batch(config: config_lib.Config) -> dict[str, np.ndarray]:
-    """Rows of random tokens in several documents each, with padding at the end of most; a function of data.seed alone.
+    """Rows of random tokens: several documents each, padding after most, one of padding alone; by data.seed alone.
 
     Inside a row, or a group of rows, no token comes twice while the vocabulary lasts: two tokens that are alike would
     tie in a router that compares tokens, and rounding would choose between them.
@@ -120,8 +120,9 @@ def batch(config: config_lib.Config) -> dict[str, np.ndarray]:
     shuffled = [rng.permutation(vocab) for _ in range(math.ceil(num_tokens / vocab))]
     inputs_BL = np.concatenate(shuffled)[:num_tokens].reshape(shape)
     length_B1 = rng.integers(max(1, 3 * shape[1] // 4), shape[1] + 1, size=(shape[0], 1))
+    length_B1[1:][-1:] = 0
     place_BL = np.broadcast_to(np.arange(shape[1]), shape)
-    starts_BL = rng.random(shape) < 3 / shape[1]  # a document in ten positions or so
+    starts_BL = rng.random(shape) < 3 / shape[1]  # three more documents a row or so
     starts_BL[:, 0] = True
     document_BL = np.cumsum(starts_BL, axis=1)
     valid_BL = place_BL < length_B1

@@ -86,7 +86,7 @@ class Result:
         return math.sqrt(sum(squares))
 
     @property
-    def idle_experts(self) -> int:
+    def num_idle(self) -> int:
         """Experts, of all layers, without a token: nothing is known of their gradients."""
         return 0 if self.sums["moe"] is None else int(np.sum(self.sums["moe"].count_E == 0))
 

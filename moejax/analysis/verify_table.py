@@ -52,7 +52,9 @@ def summary(outcomes: Sequence[verify.Outcome], num_devices: int) -> list[str]:
     lines = []
     skipped = sorted((outcome for outcome in outcomes if outcome.skipped), key=lambda outcome: outcome.skipped)
     for reason, group in itertools.groupby(skipped, key=lambda outcome: outcome.skipped):
-        lines.append(f"skipped {'; '.join(str(outcome.combination) for outcome in group)}: {reason}")
+        mine = [outcome.combination for outcome in group]
+        where = ", ".join(dict.fromkeys(combination.mesh_name for combination in mine))
+        lines.append(f"skipped {where} ({'; '.join(dict.fromkeys(one.dispatcher for one in mine))}): {reason}")
     failed = [outcome for outcome in outcomes if outcome.failures]
     lines += [f"FAIL {outcome.combination}: {failure}" for outcome in failed for failure in outcome.failures]
     if any(failure.startswith("choices") for outcome in failed for failure in outcome.failures):
@@ -63,6 +65,9 @@ def summary(outcomes: Sequence[verify.Outcome], num_devices: int) -> list[str]:
     if failed:
         lines.append(f"{len(failed)} of {ran} combinations failed; tolerance {verify.TOLERANCE:.0e}")
         return lines
+    idle = max(outcome.result.num_idle for outcome in outcomes if outcome.result is not None)
+    if idle:
+        lines.append(f"{idle} experts got no token, so nothing is known of their gradients; raise data.batch_size")
     largest, group = max((size, group) for outcome in outcomes for group, size in outcome.differences.items())
     lines.append(
         f"passed: {ran} combinations of up to {num_devices} devices; the largest difference is {largest:.0e} "

@@ -79,10 +79,7 @@ def params(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Runs one batch on every mesh, microbatch count and dispatcher, and compares losses and gradients.
-
-    On virtual CPU devices, in float32, with a small version of the config's model; what --config.a.b=VALUE sets stays.
-    """
+    """Compares the loss and gradients of a small version of a model on meshes, microbatches and dispatchers."""
     if arguments.devices < 1:
         raise config_lib.ConfigError(f"--devices={arguments.devices} must be 1 or more; change it")
     config = read_config(arguments.config, overrides)
@@ -93,25 +90,25 @@ def verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
     devices = verify_lib.cpu_devices(arguments.devices)
     small = reduction.reduce(config, named, len(devices))
     chosen = combinations.cover(small, named, len(devices))
-    about = (
-        f"reduced: {reduction.changes(config, small)}; on {len(devices)} virtual CPU devices, in float32\n"
-        f"runs {combinations.RULE.format(len(devices))}\n"
-    )
-    print(about, file=sys.stderr)
+    reduced = reduction.changes(config, small)
+    about = ", ".join(f"{path}={'+'.join(new) if isinstance(new, list) else new}" for path, new in reduced.items())
+    print(f"reduced to {about}; on {len(devices)} virtual CPU devices, in float32", file=sys.stderr)
+    print(f"runs {combinations.RULE.format(len(devices))}", file=sys.stderr)
     verifier = verify_lib.Verifier(config, small, devices)
     table, outcomes = verify_table.Table(small, verifier.groups, chosen), []
-    if not arguments.json:
-        print(table.header(), flush=True)
     for outcome in verifier.run(chosen):
-        outcomes.append(outcome)
         if not (arguments.json or outcome.skipped):
+            if all(earlier.skipped for earlier in outcomes):
+                print(table.header())
             print(table.row(outcome), flush=True)
+        outcomes.append(outcome)
     if all(outcome.skipped for outcome in outcomes):
         raise config_lib.ConfigError(outcomes[0].skipped)
     passed = not any(outcome.failures for outcome in outcomes)
     if arguments.json:
         rows = [verify_table.to_json(outcome) for outcome in outcomes]
-        print(json.dumps({"passed": passed, "tolerance": verify_lib.TOLERANCE, "combinations": rows}))
+        about = {"passed": passed, "tolerance": verify_lib.TOLERANCE, "reduced": reduced}
+        print(json.dumps(about | {"combinations": rows}))
     else:
         print("\n".join(["", *verify_table.summary(outcomes, len(devices))]))
     return 0 if passed else 1

@@ -69,16 +69,14 @@ def _split(model: lm.Lm) -> tuple[Any, Any, Any]:
 
 
 def make_gradients(config: config_lib.Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[dict[str, Any], Any]]:
-    """(state, batch) -> (sums, gradients) of one update's objective; not jitted: call it where `mesh` is known.
+    """(state, batch) -> (sums, gradients) of an update's objective, to be traced by `partition.on_mesh`.
 
     The objective is the mean cross-entropy over the batch's counted tokens plus the router's auxiliary losses, each by
     its weight, averaged over groups and, by model.moe.layer_reduction, averaged or summed over layers. Microbatches
     change neither: each part's sums are divided by the whole batch's count. Noise is drawn row by row, by keys that
     depend on training.seed and the step alone.
 
-    Returns of that function:
-      sums: of `loss.sums`, over the whole batch.
-      gradients: of the parameters, in their structure.
+    sums: of `loss.sums`, over the whole batch. gradients: of the parameters, in their structure.
     """
     moe_config = config.model.moe
     weights = moe_config.loss_weights()
@@ -134,9 +132,7 @@ def make_gradients(config: config_lib.Config, mesh: Mesh) -> Callable[[TrainStat
 def make_train_step(
     config: config_lib.Config, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
-    """The jitted update: (state, batch) -> (state, metrics). The state that goes in is consumed.
-
-    The gradients are those of `make_gradients`.
+    """The jitted update by `make_gradients`: (state, batch) -> (state, metrics). The state that goes in is consumed.
 
     Metrics (device arrays): loss, grad_norm, learning_rate, tokens, and for MoE models routing (`routing_metrics`).
     """
