@@ -13,7 +13,7 @@ from moejax import partition
 from moejax.analysis import reduction
 from moejax.training import state
 
-STEP = 2e-3  # of each weight; float32 logits, with their loss in float64, are good to 2e-8
+STEP = 1e-3  # of each weight; float32 logits, with their loss in float64, are good to 2e-8
 NUM_DIRECTIONS = 2
 
 
@@ -89,4 +89,4 @@ def test_the_gradient_of_every_expert_is_the_slope_of_the_loss(dispatch, axes):
         product_RE += (grad * direction).sum((1, *inner))
         square_E += np.square(grad).sum((0, *tuple(range(2, grad.ndim))))
     # along random signs a gradient's product is of the size of its norm
-    assert np.all(np.abs(product_RE - slope_RE) < 2e-3 * np.sqrt(square_E))
+    assert np.all(np.abs(product_RE - slope_RE) < 1e-3 * np.sqrt(square_E))
