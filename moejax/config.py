@@ -150,6 +150,10 @@ class MoeConfig:
     # papers are (`Router`), and where the capacity factor is 0 if that is faster (ops/dispatch_rules.py)
     dispatch: str = "auto"
     grouped_matmul: str = "auto"  # dispatch=dropless: blocked, ragged_dot, auto: the faster as measured
+    # dispatch=dropless, where mesh.expert splits experts: ragged (a choice is sent once; TPU, GPU), gather (every token
+    # to all devices of the axis); auto: what sends less
+    exchange: str = "auto"
+    num_chunks: int = 1  # dispatch=capacity, there too: parts of the slots, one of which travels beside another's work
     expert_dropout: float = 0.0  # of hidden units of the routed experts, in training (Switch: 0.4 in fine-tuning)
     jitter: float = 0.01  # router=switch: its input is multiplied by uniform [1 - j, 1 + j] in training (Mesh-TF)
     second_threshold: float = 0.2  # router=gshard: in training the second is used with probability gate / threshold
@@ -300,7 +304,7 @@ class CheckpointConfig:
 
 @_config
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1 for the rest."""
+    """Devices along each mesh axis; one of them may be -1 for the rest. TPU slices are parts of `data`."""
 
     data: int = -1  # rows are split over data, fsdp and expert
     fsdp: int = 1  # parameters are split over it and gathered where they are used
@@ -308,6 +312,7 @@ class MeshConfig:
     # the positions of a row are split over it, and gathered by MoE layers to route; must divide data.seq_length
     sequence: int = 1
     tensor: int = 1  # hidden widths are split over it
+    split_physical_axes: bool = False  # TPU: whether an axis may take part of an axis of chips
 
 
 @_config

@@ -10,14 +10,18 @@ from typing import Any
 from moejax import config as config_lib
 from moejax import partition
 
-# Names of dispatchers, and their settings of model.moe. All but the first drop nothing.
+# Names of dispatchers, and their settings of model.moe. All but the first drop nothing. exchange=ragged has no form for
+# CPUs, so that it can't be among them.
 CONFIGURED, PLAIN = "configured", "capacity, no drops"
-_NO_DROPS = {"capacity_factor": 0.0}
-DISPATCHERS: dict[str, dict[str, Any]] = {
-    CONFIGURED: {},
-    PLAIN: {"dispatch": "capacity", "grouped_matmul": "auto"} | _NO_DROPS,
-} | {
-    f"dropless {name}": {"dispatch": "dropless", "grouped_matmul": name} | _NO_DROPS
+_PLAIN: dict[str, Any] = {
+    "capacity_factor": 0.0,
+    "dispatch": "capacity",
+    "grouped_matmul": "auto",
+    "exchange": "auto",
+    "num_chunks": 1,
+}
+DISPATCHERS: dict[str, dict[str, Any]] = {CONFIGURED: {}, PLAIN: _PLAIN} | {
+    f"dropless {name}": _PLAIN | {"dispatch": "dropless", "grouped_matmul": name, "exchange": "gather"}
     for name in config_lib.GROUPED_MATMULS
     if name != "auto"
 }
@@ -39,13 +43,18 @@ class Combination:
     dispatcher: str = CONFIGURED
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Of every axis of the mesh."""
+        return {axis: getattr(self.mesh, axis) for axis in partition.AXES}
+
+    @property
     def num_devices(self) -> int:
-        return math.prod(dataclasses.asdict(self.mesh).values())
+        return math.prod(self.sizes.values())
 
     @property
     def mesh_name(self) -> str:
         """As "expert=4 x tensor=2"."""
-        axes = [f"{axis}={size}" for axis, size in dataclasses.asdict(self.mesh).items() if size > 1]
+        axes = [f"{axis}={size}" for axis, size in self.sizes.items() if size > 1]
         return " x ".join(axes) or "one device"
 
     def __str__(self) -> str:

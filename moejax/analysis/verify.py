@@ -178,7 +178,7 @@ class Verifier:
             model_rules.validate(config.model)
             partition.check_batch(config, mesh)
             partition.tree_shardings(model, mesh)
-        partition.check_scan(small, mesh)
+        partition.check_platform(small, mesh)
 
     def _compile(self, combination: Combination) -> Callable[[], Result]:
         self._check(combination)

@@ -1,6 +1,5 @@
 """What `moejax verify` prints: a table, a row a combination, and what did not agree; or the same as JSON."""
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -80,7 +79,7 @@ def to_json(outcome: verify.Outcome) -> dict[str, Any]:
     """status (pass, fail, skipped), reason or failures, and the numbers of a row."""
     combination, result = outcome.combination, outcome.result
     row: dict[str, Any] = {
-        "mesh": dataclasses.asdict(combination.mesh),
+        "mesh": combination.sizes,
         "num_microbatches": combination.num_microbatches,
         "dispatcher": combination.dispatcher,
         "status": "skipped" if outcome.skipped else "fail" if outcome.failures else "pass",

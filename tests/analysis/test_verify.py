@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny
-from jax.sharding import PartitionSpec
 
 from moejax import cli, partition
 from moejax import config as config_lib
@@ -51,19 +50,13 @@ def test_a_sound_model_passes_with_noise_drops_and_padding():
 
 
 def test_a_skipped_psum_shows_where_its_axis_is_split(monkeypatch):
-    """The second matrix of an expert sums over hidden units; without a psum a device adds its own alone."""
-    whole = experts.capacity_ffn
+    """Over `tensor` a device has some hidden units of every expert; without a sum it adds those alone."""
+    summed = partition.summed
 
-    def without_psum(x_SD, weights, *, activation, drop=None):
-        specs = PartitionSpec(), PartitionSpec(None, None, "tensor"), PartitionSpec(None, "tensor")
+    def without_tensor(x, *axes):
+        return x if axes == ("tensor",) else summed(x, *axes)
 
-        def part(x_SD, *matrices):
-            return whole(x_SD, experts.Weights(*matrices), activation=activation)
-
-        on_part = jax.shard_map(part, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
-        return on_part(x_SD, weights.up_EDF, weights.down_EFD)
-
-    monkeypatch.setattr(experts, "capacity_ffn", without_psum)
+    monkeypatch.setattr(partition, "summed", without_tensor)
     sound, broken = run(config(), way(expert=4), way(expert=4, tensor=2))
     assert not sound.failures
     assert broken.failures[0].startswith("loss is ")
@@ -107,8 +100,10 @@ def test_a_gradient_that_is_wrong_for_one_expert_names_it(monkeypatch):
     whole = experts.capacity_ffn
 
     def without_gradient(x_SD, weights, **settings):
-        if partition.num_parts("expert") > 1:
-            down_EFD = weights.down_EFD.at[2].set(jax.lax.stop_gradient(weights.down_EFD[2]))
+        if partition.num_parts("expert") > 1:  # the first one of the second device
+            is_it_E11 = (jnp.arange(len(weights.down_EFD)) + partition.index("expert") == 1)[:, None, None]
+            is_it_E11 &= partition.index("expert") == 1
+            down_EFD = jnp.where(is_it_E11, jax.lax.stop_gradient(weights.down_EFD), weights.down_EFD)
             weights = weights._replace(down_EFD=down_EFD)
         return whole(x_SD, weights, **settings)
 
@@ -120,16 +115,17 @@ def test_a_gradient_that_is_wrong_for_one_expert_names_it(monkeypatch):
     )
 
 
-def test_a_router_of_ones_own_that_looks_at_its_whole_microbatch_fails_in_two(monkeypatch):
+def test_a_router_of_ones_own_that_looks_beyond_its_group_fails(monkeypatch):
     call = router_lib.Router.__call__
 
     def centred(self, x_BLD, *args, **kwargs):
         return call(self, x_BLD - x_BLD.mean(axis=(0, 1)), *args, **kwargs)
 
     monkeypatch.setattr(router_lib.Router, "__call__", centred)
-    sound, broken = run(config(), way(data=8), way(2))
+    sound, on_devices, in_parts = run(config(), way(tensor=2), way(data=8), way(2))
     assert not sound.failures
-    assert broken.failures
+    assert on_devices.failures
+    assert in_parts.failures
 
 
 def test_what_raises_on_a_mesh_alone_is_a_failure_of_that_mesh(monkeypatch):
