@@ -121,7 +121,8 @@ def cover(config: config_lib.Config, named: Collection[str], num_devices: int) -
     last = more[-1] if more else first
 
     def combination(sizes: dict[str, int], count: int, dispatcher: str = CONFIGURED) -> Combination:
-        return Combination(config_lib.MeshConfig(**({"data": 1} | pinned | sizes)), count, dispatcher)
+        axes: dict[str, Any] = {"data": 1} | pinned | sizes
+        return Combination(config_lib.MeshConfig(**axes), count, dispatcher)
 
     found = [combination(sizes, first) for sizes in every]
     found += [combination(sizes, count) for count in more for sizes in full if len(sizes) <= 1]

@@ -100,9 +100,9 @@ def test_a_gradient_that_is_wrong_for_one_expert_names_it(monkeypatch):
     whole = experts.capacity_ffn
 
     def without_gradient(x_SD, weights, **settings):
-        if partition.num_parts("expert") > 1:  # the first one of the second device
-            is_it_E11 = (jnp.arange(len(weights.down_EFD)) + partition.index("expert") == 1)[:, None, None]
-            is_it_E11 &= partition.index("expert") == 1
+        if partition.num_parts("expert") > 1:
+            first_E = jnp.arange(len(weights.down_EFD)) == 0
+            is_it_E11 = (first_E & (partition.index("expert") == 1))[:, None, None]  # of two on the second device
             down_EFD = jnp.where(is_it_E11, jax.lax.stop_gradient(weights.down_EFD), weights.down_EFD)
             weights = weights._replace(down_EFD=down_EFD)
         return whole(x_SD, weights, **settings)
