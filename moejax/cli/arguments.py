@@ -90,6 +90,11 @@ def build() -> argparse.ArgumentParser:
     takes_config(sub)
     writes_json(sub)
 
+    sub = command("verify", commands_lib.verify, "moejax verify --config=configs/quickstart.py --config.mesh.expert=4")
+    takes_config(sub)
+    sub.add_argument("--devices", type=int, default=8, metavar="N", help="virtual devices (default 8)")
+    writes_json(sub)
+
     sub = command("report", commands_lib.report, "moejax report runs/a runs/b")
     sub.add_argument("folders", nargs="+", type=pathlib.Path, metavar="DIR", help="folders of runs")
     sub.add_argument("--output", type=pathlib.Path, help="page to write (default: report.html in the first folder)")

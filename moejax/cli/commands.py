@@ -11,7 +11,7 @@ import platform
 import sys
 
 from moejax import config as config_lib
-from moejax.cli.overrides import read_config
+from moejax.cli.overrides import overridden, read_config
 
 
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -76,6 +76,42 @@ def params(arguments: argparse.Namespace, overrides: list[str]) -> int:
     counts = params_lib.count(config.model)
     print(json.dumps(counts) if arguments.json else params_lib.table(counts))
     return 0
+
+
+def verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Compares the loss and gradients of a small version of a model on meshes, microbatches and dispatchers."""
+    if arguments.devices < 1:
+        raise config_lib.ConfigError(f"--devices={arguments.devices} must be 1 or more; change it")
+    config = read_config(arguments.config, overrides)
+    from moejax.analysis import combinations, reduction, verify_table
+    from moejax.analysis import verify as verify_lib
+
+    named = overridden(overrides)
+    devices = verify_lib.cpu_devices(arguments.devices)
+    small = reduction.reduce(config, named, len(devices))
+    chosen = combinations.cover(small, named, len(devices))
+    reduced = reduction.changes(config, small)
+    about = ", ".join(f"{path}={'+'.join(new) if isinstance(new, list) else new}" for path, new in reduced.items())
+    print(f"reduced to {about}; on {len(devices)} virtual CPU devices, in float32", file=sys.stderr)
+    print(f"runs {combinations.RULE.format(len(devices))}", file=sys.stderr)
+    verifier = verify_lib.Verifier(config, small, devices)
+    table, outcomes = verify_table.Table(small, verifier.groups, chosen), []
+    for outcome in verifier.run(chosen):
+        if not (arguments.json or outcome.skipped):
+            if all(earlier.skipped for earlier in outcomes):
+                print(table.header())
+            print(table.row(outcome), flush=True)
+        outcomes.append(outcome)
+    if all(outcome.skipped for outcome in outcomes):
+        raise config_lib.ConfigError(outcomes[0].skipped)
+    passed = not any(outcome.failures for outcome in outcomes)
+    if arguments.json:
+        rows = [verify_table.to_json(outcome) for outcome in outcomes]
+        about = {"passed": passed, "tolerance": verify_lib.TOLERANCE, "reduced": reduced}
+        print(json.dumps(about | {"combinations": rows}))
+    else:
+        print("\n".join(["", *verify_table.summary(outcomes, len(devices))]))
+    return 0 if passed else 1
 
 
 def report(arguments: argparse.Namespace, _: list[str]) -> int:

@@ -46,6 +46,12 @@ def read_config(file: str, overrides: list[str]) -> config_lib.Config:
     return config
 
 
+def overridden(overrides: list[str]) -> frozenset[str]:
+    """The fields that the overrides set, by dotted path."""
+    options = (override.split("=")[0] for override in overrides if override.startswith("--config."))
+    return frozenset(option.removeprefix("--config.") for option in options)
+
+
 def _check_overrides(overrides: list[str]) -> None:
     """Refuses an override whose path is not a field, naming the nearest that is."""
     for override in overrides:
