@@ -52,6 +52,21 @@ def build() -> argparse.ArgumentParser:
     )
     takes_config(sub)
     takes_workdir(sub)
+    several = sub.add_argument_group(
+        "several processes",
+        "found by themselves on TPU pods, GKE, SLURM and Open MPI; elsewhere every process is started with all three. "
+        "All see one --workdir, on a shared disk",
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="process 0's host, and a free port of it")
+    several.add_argument("--num_processes", type=int, metavar="N", help="1 trains alone, whatever the cluster")
+    several.add_argument("--process_id", type=int, metavar="I", help="this one's number, from 0")
+    several.add_argument(
+        "--start_timeout",
+        type=float,
+        default=300,
+        metavar="SECONDS",
+        help="wait so long for all to come, then say who is missing (default 300)",
+    )
 
     sub = command("eval", commands_lib.evaluate, "moejax eval --workdir=runs/a")
     takes_workdir(sub)

@@ -12,17 +12,22 @@ import sys
 
 from moejax import config as config_lib
 from moejax.cli.overrides import overridden, read_config
+from moejax.training import peers, processes
 
 
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Trains, or resumes what is in the workdir."""
     config = read_config(arguments.config, overrides)
+    if arguments.start_timeout <= 0:
+        raise config_lib.ConfigError(f"--start_timeout={arguments.start_timeout:g} must be above 0 seconds; change it")
+    place = processes.find(arguments.coordinator, arguments.num_processes, arguments.process_id)
     from moejax.training import trainer
 
     keep_compiled_programs()
     try:
-        trainer.train(config, arguments.workdir)
-    except trainer.TrainingError as error:
+        with processes.joined(place, config, start_timeout=arguments.start_timeout):
+            trainer.train(config, arguments.workdir)
+    except (trainer.TrainingError, peers.PeerError) as error:
         print(f"moejax: {error}", file=sys.stderr)
         return 1
     return 0
