@@ -129,6 +129,23 @@ def num_parts(axis: str) -> int:
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
+def platform() -> str:
+    """Of the devices that the code at hand is traced for: those of its mesh, which need not be here, or else ours."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def constrain(x: jax.Array, dims: str) -> jax.Array:
+    """The array, laid out by its dims ("BLD", see `DIMS`) on the mesh that the code at hand is traced on, if any.
+
+    Without it XLA lays activations out as it sees fit, for one like the parameters that they come from, and whole
+    batches travel between devices.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, _spec(dims))
+
+
 def on_shards(function: Callable[..., Any], inputs: str, outputs: str) -> Callable[..., Any]:
     """`function` run by every device of the mesh on its own parts, with collectives of its own: a `jax.shard_map`.
 

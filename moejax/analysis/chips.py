@@ -8,8 +8,8 @@ Sources, all of them peak values:
   v5e    docs.cloud.google.com/tpu/docs/v5e: 400 GB/s in both directions of four links; 6.4 Tb/s for the 256 chips of a
          pod, two cards of 100 Gb/s for a host of 8.
   v5p, v6e, TPU7x
-         docs.cloud.google.com/tpu/docs/tpu7x, its table of the three: 1200, 800 and 1200 GB/s in both directions of six,
-         four and six links; 50, 100 and 100 Gb/s a chip between hosts.
+         docs.cloud.google.com/tpu/docs/tpu7x, its table of the three: 1200, 800 and 1200 GB/s in both directions of
+         six, four and six links; 50, 100 and 100 Gb/s a chip between hosts.
 """
 
 from typing import NamedTuple

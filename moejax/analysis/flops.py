@@ -23,51 +23,81 @@ class Flops(NamedTuple):
     executed: float
 
 
+class _Products(NamedTuple):
+    """FLOPs for each token. forward: of the forward pass. fixed: those of them with a factor that has no gradient.
+    again: computed a second time in the backward pass, by a checkpoint of the branch's own. last: the product that
+    makes the output, where only what follows needs it.
+    """
+
+    forward: float
+    fixed: float = 0.0
+    again: float = 0.0
+    last: float = 0.0
+
+
 def training_step(config: config_lib.Config) -> Flops:
     """The FLOPs of one step of this config."""
     model, tokens = config.model, config.data.batch_size * config.data.seq_length
 
-    def forward(sublayers: tuple[str, ...], *, slots: bool) -> float:
+    def parts(sublayers: tuple[str, ...], *, slots: bool) -> list[_Products]:
         branches = [branch for sublayer in sublayers for branch in sublayer.split("|")]
-        return tokens * sum(_branch(branch, config, slots=slots) for branch in branches)
+        return [_branch(branch, config, slots=slots) for branch in branches]
 
-    head = tokens * 2.0 * model.d_model * model.vocab_size
-    if model.num_softmaxes > 1:  # each has a projection and logits of its own
-        head = model.num_softmaxes * (head + tokens * 2.0 * model.d_model * (model.d_model + 1))
-    periods = model.period * model.num_periods
-    again = forward(periods, slots=True) if model.remat == "period" else 0.0
-    if model.num_softmaxes > 1:
-        again += head  # one after another, recomputed in the backward pass
-    return Flops(
-        useful=(1 + BACKWARD) * (forward(model.sublayers, slots=False) + head),
-        executed=(1 + BACKWARD) * (forward(model.sublayers, slots=True) + head) + again,
-    )
+    head = _Products(2.0 * model.d_model * model.vocab_size)
+    if model.num_softmaxes > 1:  # each has a projection and logits of its own, one after another, not kept
+        head = _Products(model.num_softmaxes * (head.forward + 2.0 * model.d_model**2))
+        head = head._replace(forward=head.forward + 2.0 * model.d_model * model.num_softmaxes, again=head.forward)
+    executed = 0.0
+    for part in (*parts(model.sublayers, slots=True), head):
+        executed += (1 + BACKWARD) * part.forward - part.fixed + part.again
+    if model.remat == "period" and model.period:
+        executed += sum(part.forward for part in parts(model.period * model.num_periods, slots=True))
+        executed -= model.num_periods * sum(part.last for part in parts(model.period[-1:], slots=True))
+    useful = sum(part.forward for part in (*parts(model.sublayers, slots=False), head))
+    return Flops(useful=tokens * (1 + BACKWARD) * useful, executed=tokens * executed)
 
 
-def _branch(branch: str, config: config_lib.Config, *, slots: bool) -> float:
-    """FLOPs of the forward pass for each token of the batch. slots: with experts' empty slots."""
-    model, D = config.model, config.model.d_model
+def _branch(branch: str, config: config_lib.Config, *, slots: bool) -> _Products:
+    """Of a branch. slots: with experts' empty slots."""
+    model, D, length = config.model, config.model.d_model, config.data.seq_length
     match branch:
         case "mamba" | "mamba_moe":
             m = model.mamba
             inner, rank = int(m.expand * D), m.dt_rank or math.ceil(D / 16)
-            weights = 2.0 * (inner * (rank + 2 * m.d_state) + rank * inner)
+            forward, last = 2.0 * (inner * (rank + 2 * m.d_state) + rank * inner), 2.0 * inner * D
             for name, d_in, d_out in (("conv", D, inner), ("gate", D, inner), ("out", inner, D)):
-                is_moe = branch == "mamba_moe" and name in m.moe_projections
-                weights += _experts(config, d_in, d_out, slots=slots) if is_moe else 2.0 * d_in * d_out
-            return weights
+                if branch == "mamba_moe" and name in m.moe_projections:
+                    forward += _experts(config, d_in, d_out, slots=slots).forward
+                    last = 0.0 if name == "out" else last
+                else:
+                    forward += 2.0 * d_in * d_out
+            return _Products(forward, last=last)
         case "mamba2":
             m = model.mamba2
             inner = int(m.expand * D)
-            heads, states, chunk = inner // m.d_head, m.d_state, min(m.chunk_size, config.data.seq_length)
-            projections = D * (2 * inner + 2 * m.num_groups * states + heads) + inner * D
-            # of a chunk: scores, sums of decays, scores times values; of a token: the state read and written
-            products = m.num_groups * states * chunk + heads * chunk * chunk + inner * chunk + 2 * inner * states
-            return 2.0 * (projections + products)
-        case "attention":
-            return 2.0 * (4 * D * D + 2 * config.data.seq_length * D)  # all pairs, those behind the mask too
+            heads, out = inner // m.d_head, inner * D
+            projections = D * (2 * inner + 2 * m.num_groups * m.d_state + heads) + out
+            if m.scan == "reference":
+                return _Products(2.0 * projections, last=2.0 * out)
+            chunk = length if m.scan == "quadratic" else min(m.chunk_size, length)
+            padded = -(-length // chunk) * chunk / length
+            # of a chunk: scores, sums of decays (a triangle of ones times them), scores times values; of a token: the
+            # state read and written
+            scores, sums, values = m.num_groups * m.d_state * chunk, heads * chunk * chunk, inner * chunk
+            read = written = inner * m.d_state
+            if m.scan == "quadratic":
+                return _Products(2.0 * (projections + scores + values + read + written), last=2.0 * out)
+            return _Products(
+                forward=2.0 * (projections + padded * (scores + sums + values + read + written)),
+                fixed=2.0 * padded * sums,
+                again=2.0 * padded * (scores + sums + read),
+                last=2.0 * out,
+            )
+        case "attention":  # all pairs, those behind the mask too
+            return _Products(2.0 * (4 * D * D + 2 * length * D), last=2.0 * D * D)
         case "mlp":
-            return 2.0 * _ffn(D, model.mlp.d_ff, D, model.mlp.activation)
+            hidden = model.mlp.d_ff
+            return _Products(2.0 * _ffn(D, hidden, D, model.mlp.activation), last=2.0 * hidden * D)
         case "moe":
             return _experts(config, D, D, slots=slots)
     raise ValueError(f"no such branch: {branch}")
@@ -78,21 +108,22 @@ def _ffn(d_in: int, hidden: int, d_out: int, activation: str) -> int:
     return hidden * (d_in * (2 if activation in ("swiglu", "geglu") else 1) + d_out)
 
 
-def _experts(config: config_lib.Config, d_in: int, d_out: int, *, slots: bool) -> float:
-    """Of a mixture, for each token."""
+def _experts(config: config_lib.Config, d_in: int, d_out: int, *, slots: bool) -> _Products:
+    """Of a mixture. The gradient of a gate needs the expert's output."""
     moe = config.model.moe
     expert = 2.0 * _ffn(d_in, moe.d_expert, d_out, moe.activation)
-    shared = moe.num_shared_experts * expert
+    shared, shared_last = moe.num_shared_experts * expert, 2.0 * moe.num_shared_experts * moe.d_expert * d_out
     group = moe.group_size or config.data.seq_length
     if moe.router == "soft_moe":
-        num_slots = moe.num_experts * moe.slots_per_expert
-        return 2.0 * 3 * d_in * num_slots + expert * num_slots / group + shared  # logits, mixtures in and out
+        num_slots = moe.num_experts * moe.slots_per_expert  # logits, mixtures in and out
+        return _Products(2.0 * 3 * d_in * num_slots + expert * num_slots / group + shared, last=shared_last)
     router = {"hash": 0, "label": 0, "noisy_top_k": 2}.get(moe.router, 1) * 2.0 * d_in * moe.num_experts
     if moe.router == "soft":
-        return router + expert * moe.num_experts * (4 / 3 if slots else 1) + shared  # recomputed one by one
+        every = expert * moe.num_experts
+        return _Products(router + every + shared, again=every, last=shared_last)
     per_token = float(moe.num_choices)
     is_dropless = moe.dispatch == "dropless" or (moe.dispatch == "auto" and config_lib.ROUTERS[moe.router].dropless)
     if slots and not is_dropless and moe.capacity_factor:
         capacity = math.ceil(moe.capacity_factor * group * moe.num_choices / moe.num_experts - 1e-9)
         per_token = moe.num_experts * max(1, min(group, capacity)) / group
-    return router + expert * per_token + shared
+    return _Products(router + expert * per_token + shared, last=shared_last)

@@ -3,6 +3,7 @@
 The step is the one that `moejax train` runs, on abstract arrays; its figures come from the compiled program.
 """
 
+import collections
 import dataclasses
 import math
 import re
@@ -17,7 +18,8 @@ from jax.sharding import Mesh
 
 from moejax import config as config_lib
 from moejax import partition
-from moejax.analysis import chips, collectives, cost, flops, params, roofline, topology
+from moejax.analysis import chips, cost, flops, params, roofline, topology
+from moejax.analysis import collectives as collectives_lib
 from moejax.analysis import program as program_lib
 from moejax.training import state as state_lib
 
@@ -59,7 +61,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """The roofline of a step (`roofline`), and the run that it would be. mfu: the ceiling of model FLOPs utilisation."""
+    """The roofline of a step (`roofline`), and the run that it would be. mfu: the ceiling of model FLOPs use."""
 
     compute_seconds: float
     hbm_seconds: float
@@ -161,7 +163,7 @@ def make(
     if compiled is None:
         return plan
     program = program_lib.parse(compiled.as_text() or "")
-    found, of_device = collectives.collectives(program, mesh), cost.count(program)
+    found, of_device = collectives_lib.collectives(program, mesh), cost.count(program)
     expected = flops.training_step(config)
     work = Work(
         compiled=of_device.matmul_flops * mesh.size,
@@ -175,10 +177,13 @@ def make(
     return dataclasses.replace(
         plan,
         work=work,
-        collectives=collectives.summary(found, mesh),
-        host_transfers=collectives.host_transfers(program),
+        collectives=collectives_lib.summary(found, mesh),
+        host_transfers=collectives_lib.host_transfers(program),
         bound=_bound(config, where, times, expected.useful),
-        notes=[f"rounds not known, counted once: {loop}" for loop in program_lib.unknown_loops(program)],
+        notes=[
+            f"{count} loops whose rounds depend on data, counted once: {place}"
+            for place, count in collections.Counter(program_lib.unknown_loops(program)).items()
+        ],
     )
 
 
@@ -276,9 +281,7 @@ def _memory(compiled: jax.stages.Compiled | None, arguments: Any, chip: chips.Ch
     )
 
 
-def _bound(
-    config: config_lib.Config, where: topology.Topology, times: roofline.Seconds, useful: float
-) -> Bound:
+def _bound(config: config_lib.Config, where: topology.Topology, times: roofline.Seconds, useful: float) -> Bound:
     a_step = config.data.batch_size * config.data.seq_length
     run_seconds = config.training.num_steps * times.step
     return Bound(

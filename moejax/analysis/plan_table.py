@@ -14,8 +14,8 @@ def page(plan: plan_lib.Plan) -> str:
     lines = [
         f"{'devices':<12}{plan.devices} on {plan.hosts} hosts ({slices}{plan.topology}, {plan.chips} chips)",
         f"{'mesh':<12}{mesh}; {plan.batch_size} rows a step",
-        f"{'parameters':<12}{parameters['total']:,} in all, {parameters['active']:,} active (without embedding and head "
-        f"{parameters['non_embedding_total']:,} and {parameters['non_embedding_active']:,}); "
+        f"{'parameters':<12}{parameters['total']:,} in all, {parameters['active']:,} active (without embedding and "
+        f"head {parameters['non_embedding_total']:,} and {parameters['non_embedding_active']:,}); "
         f"{parameters['per_device']:,} a device",
         f"{'memory':<12}{_memory(memory)}",
     ]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Bytes of an element; what is not here (tokens, tuples) is no data. Elements of four bits are counted as stored: packed.
+# Bytes of an element; what is not here (tokens) is no data. Elements of four bits are packed.
 WIDTHS = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
     "f8e4m3fn": 1, "f8e5m2": 1, "f8e4m3": 1, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16,

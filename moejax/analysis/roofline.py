@@ -55,15 +55,13 @@ def seconds(
     return Seconds(compute, cost.memory_bytes * chip.devices / chip.hbm_bandwidth, ici, dcn)
 
 
-def ici_seconds(
-    one: collectives_lib.Collective, coordinates: np.ndarray, topology: topology_lib.Topology
-) -> float:
+def ici_seconds(one: collectives_lib.Collective, coordinates: np.ndarray, topology: topology_lib.Topology) -> float:
     """The time of one run of a collective on the links of a slice, by the bytes that the busiest link carries.
 
-    Along a dim that closes to a ring a chip has two links, along an open one those at its ends have one. Groups that lie
-    between one another share links. A device's bytes go over the links of all dims that its group spans; those of an
-    all-to-all travel a quarter of a ring, or a third of a line, on average, and a permutation as far as it says. What
-    the two devices of a TPU7x chip send one another costs nothing here.
+    Along a dim that closes to a ring a chip has two links, along an open one those at its ends have one. Groups that
+    lie between one another share links. A device's bytes go over the links of all dims that its group spans; those of
+    an all-to-all travel a quarter of a ring on average, or half a line through its middle, and those of a permutation
+    as far as it says. What the two devices of a TPU7x chip send one another costs nothing here.
 
     Args:
       coordinates: (device, dim) of the chips, in the mesh's flat order.

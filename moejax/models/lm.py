@@ -12,6 +12,7 @@ from flax import nnx
 from jax import Array
 
 from moejax import config as config_lib
+from moejax import partition
 from moejax.layers import block, head, init, mamba_moe, moe, norm
 
 
@@ -97,7 +98,7 @@ class Lm(nnx.Module):
             "labels_BL": labels_BL,
             "train": train,
         }
-        x_BLD = self.embedding[...][tokens_BL]
+        x_BLD = partition.constrain(self.embedding[...][tokens_BL], "BLD")
         x_BLD, aux = _run(self.prefix, x_BLD, keys_B=block.fold_in(keys_B, 0), **context)
         stacks = [jax.tree.map(lambda leaf: leaf[None], layer) for layer in aux]
         if self.periods is not None:
@@ -253,6 +254,7 @@ def _run(
     collected: list[moe.MoeAux] = []
     for place, layer in enumerate(blocks):
         x_BLD, aux = layer(x_BLD, keys_B=block.fold_in(keys_B, place), **context)
+        x_BLD = partition.constrain(x_BLD, "BLD")
         collected += aux
     return x_BLD, tuple(collected)
 
