@@ -85,13 +85,15 @@ class Program:
 class Execution(NamedTuple):
     """An instruction that runs `times` times a run of the program.
 
-    computation: where it stands. region: that, or, inside a fusion, the computation in which the fusion stands.
+    computation: where it stands. region: that, or, inside a fusion, the computation in which the fusion stands. rounds:
+    of a `while`; None where data decide, and for all else.
     """
 
     instruction: Instruction
     times: int
     computation: Computation
     region: Computation
+    rounds: int | None = None
 
     @property
     def is_fused(self) -> bool:
@@ -182,8 +184,8 @@ def executions(program: Program) -> Iterator[Execution]:
 
 def unknown_loops(program: Program) -> list[str]:
     """Where the loops come from whose number of rounds depends on data, so that `executions` counts one."""
-    loops = [e.instruction for e in executions(program) if e.instruction.opcode == "while"]
-    return [loop.op_name or loop.name for loop in loops if trip_count(program, loop) is None]
+    loops = [e for e in executions(program) if e.instruction.opcode == "while" and e.rounds is None]
+    return [loop.instruction.op_name or loop.instruction.name for loop in loops]
 
 
 class _Call(NamedTuple):
@@ -197,8 +199,9 @@ def _walk(
     program: Program, computation: Computation, region: Computation, times: int, calls: tuple[_Call, ...]
 ) -> Iterator[Execution]:
     for instruction in computation.instructions.values():
-        yield Execution(instruction, times, computation, region)
         here = (*calls, _Call(instruction, computation))
+        rounds = _rounds(program, here) if instruction.opcode == "while" else None
+        yield Execution(instruction, times, computation, region, rounds)
 
         def enter(name: str, times: int, *, fused: bool = False, here: tuple[_Call, ...] = here) -> Iterator[Execution]:
             inner = program.computations[name]
@@ -206,7 +209,6 @@ def _walk(
 
         match instruction.opcode:
             case "while":
-                rounds = trip_count(program, instruction, here)
                 yield from enter(instruction.attribute("body"), times * (1 if rounds is None else rounds))
             case "fusion":
                 yield from enter(instruction.attribute("calls"), times, fused=True)
@@ -219,17 +221,11 @@ def _walk(
                     yield from enter(name.strip().lstrip("%"), times)
 
 
-def trip_count(program: Program, loop: Instruction, calls: tuple[_Call, ...] = ()) -> int | None:
-    """Rounds of a `while`: as XLA notes them, or from its counter's start, step and bound; None where data decide.
-
-    calls: the calls that lead to the loop, itself the last; without them the entry computation is searched for it.
-    """
+def _rounds(program: Program, calls: tuple[_Call, ...]) -> int | None:
+    """Of the `while` that the last of the calls is: as XLA notes them, or from its counter's start, step and bound."""
+    loop = calls[-1].instruction
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
         return int(noted[1])
-    if not calls:
-        for computation in program.computations.values():
-            if computation.instructions.get(loop.name) is loop:
-                calls = (_Call(loop, computation),)
     reader = _Reader(program)
     body, condition = (program.computations[loop.attribute(name)] for name in ("body", "condition"))
     test, place = reader.source(condition.root.name, condition, ())
