@@ -129,12 +129,6 @@ def num_parts(axis: str) -> int:
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
-def platform() -> str:
-    """Of the devices that the code at hand is traced for: those of its mesh, which need not be here, or else ours."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
 def constrain(x: jax.Array, dims: str) -> jax.Array:
     """The array, laid out by its dims ("BLD", see `DIMS`) on the mesh that the code at hand is traced on, if any.
 

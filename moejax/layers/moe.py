@@ -15,7 +15,6 @@ from flax import nnx
 from jax import Array
 
 from moejax import config as config_lib
-from moejax import partition
 from moejax.layers import init, mlp, router
 from moejax.ops import balance, dispatch, dispatch_rules, experts, routing
 
@@ -140,7 +139,7 @@ class Moe(nnx.Module):
 
     def is_dropless(self, factor: float) -> bool:
         """Whether tokens are sorted by expert; else every expert has slots for `capacity` tokens."""
-        c, rule = self.config, dispatch_rules.RULES.get(partition.platform(), dispatch_rules.RULES["gpu"])
+        c, rule = self.config, dispatch_rules.RULES.get(jax.default_backend(), dispatch_rules.RULES["gpu"])
         if c.dispatch != "auto" or not config_lib.ROUTERS[c.router].sparse or c.router == "expert_choice":
             return c.dispatch == "dropless"
         never_drops = factor == 0 and c.num_experts > rule.full_capacity * c.num_choices
@@ -216,7 +215,7 @@ class Moe(nnx.Module):
         x_SD = dispatch.dispatch(x_ND, slots)
         hidden_drop = None if drop is None else drop.of_slots(slots)
         if is_dropless:
-            rule = dispatch_rules.RULES.get(partition.platform(), dispatch_rules.RULES["gpu"])
+            rule = dispatch_rules.RULES.get(jax.default_backend(), dispatch_rules.RULES["gpu"])
             y_SD = experts.dropless_ffn(
                 x_SD,
                 count_E,
