@@ -149,6 +149,10 @@ class MoeConfig:
     # papers are (`Router`), and where the capacity factor is 0 if that is faster (ops/dispatch_rules.py)
     dispatch: str = "auto"
     grouped_matmul: str = "auto"  # dispatch=dropless: blocked, ragged_dot, auto: the faster as measured
+    # dispatch=dropless, where mesh.expert splits experts: ragged (a choice is sent once; TPU, GPU), gather (every token
+    # to all devices of the axis); auto: what sends less
+    exchange: str = "auto"
+    num_chunks: int = 1  # dispatch=capacity, there too: parts of the slots, one of which travels beside another's work
     expert_dropout: float = 0.0  # of hidden units of the routed experts, in training (Switch: 0.4 in fine-tuning)
     jitter: float = 0.01  # router=switch: its input is multiplied by uniform [1 - j, 1 + j] in training (Mesh-TF)
     second_threshold: float = 0.2  # router=gshard: in training the second is used with probability gate / threshold

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moejax import config as config_lib
@@ -106,8 +107,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def _spec(dims: str) -> PartitionSpec:
-    """Of an array whose name ends in these letters."""
-    return PartitionSpec(*(DIMS.get(dim) for dim in dims))
+    """Of an array by the letters of its dims, of a parameter by its logical axes, commas between; "." splits none."""
+    if "," in dims:
+        return PartitionSpec(*map(RULES.get, dims.split(",")))
+    return PartitionSpec() if dims == "." else PartitionSpec(*map(DIMS.get, dims))
 
 
 def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,30 +132,68 @@ def num_parts(axis: str) -> int:
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
-def constrain(x: jax.Array, dims: str) -> jax.Array:
+def constrain(x: Array, dims: str) -> Array:
     """The array, laid out by its dims ("BLD", see `DIMS`) on the mesh that the code at hand is traced on, if any.
 
     Without it XLA lays activations out as it sees fit, for one like the parameters that they come from, and whole
     batches travel between devices.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
         return x
     return jax.lax.with_sharding_constraint(x, _spec(dims))
+def platform() -> str:
+    """Of the mesh that the code at hand is traced on, which need not be here; without one, the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def on_shards(function: Callable[..., Any], inputs: str, outputs: str) -> Callable[..., Any]:
     """`function` run by every device of the mesh on its own parts, with collectives of its own: a `jax.shard_map`.
 
+    On one device, on no mesh, and inside another such function, it is the function itself.
+
     Args:
       function: of arrays; it sees those parts of them that `DIMS` gives to a device.
-      inputs: the dims of each argument, as "BLI IN"; an argument may be None.
+      inputs: the first dims of each argument, as "BLI IN", or the logical axes of a parameter, as "expert,embed,ffn";
+        "." for all of it. An argument may be a tree of arrays with these dims, or None.
       outputs: those of each result. A result whose dims leave out an axis must be the same along it.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size == 1 or mesh.empty or AxisType.Manual in mesh.axis_types:
+        return function
     in_specs, out_specs = tuple(map(_spec, inputs.split())), tuple(map(_spec, outputs.split()))
     # With check_vma every zero that starts a loop inside would have to be declared as different on every device.
     return jax.shard_map(
         function, in_specs=in_specs, out_specs=out_specs[0] if len(out_specs) == 1 else out_specs, check_vma=False
     )
+
+
+def index(axis: str) -> Array | int:
+    """Of the device along an axis; this and the next are for functions that run `on_shards`."""
+    return jax.lax.axis_index(axis) if num_parts(axis) > 1 else 0
+
+
+def gathered(x: Array, axis: str, dim: int) -> Array:
+    """The parts of all devices along the axis one after another. Its transpose is `scattered`."""
+    return x if num_parts(axis) == 1 else jax.lax.all_gather(x, axis, axis=dim, tiled=True)
+
+
+def scattered(x: Array, axis: str, dim: int) -> Array:
+    """This device's part of the sum over the devices along the axis."""
+    return x if num_parts(axis) == 1 else jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+
+
+def summed(x: Any, *axes: str) -> Any:
+    """The sum over the devices along the axes."""
+    axes = tuple(axis for axis in axes if num_parts(axis) > 1)
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def part(x: Array, axis: str, dim: int) -> Array:
+    """This device's part of an array that all devices along the axis have whole."""
+    size = x.shape[dim] // num_parts(axis)
+    return x if size == x.shape[dim] else jax.lax.dynamic_slice_in_dim(x, index(axis) * size, size, dim)
 
 
 def reader(mesh: Mesh, process: int) -> tuple[int, int]:
