@@ -142,6 +142,8 @@ def constrain(x: Array, dims: str) -> Array:
     if mesh.empty or AxisType.Manual in mesh.axis_types:
         return x
     return jax.lax.with_sharding_constraint(x, _spec(dims))
+
+
 def platform() -> str:
     """Of the mesh that the code at hand is traced on, which need not be here; without one, the default."""
     device = jax.sharding.get_abstract_mesh().abstract_device

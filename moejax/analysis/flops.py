@@ -26,17 +26,19 @@ class Flops(NamedTuple):
 class _Products(NamedTuple):
     """FLOPs for each token. forward: of the forward pass. fixed: those of them with a factor that has no gradient.
     again: computed a second time in the backward pass, by a checkpoint of the branch's own. last: the product that
-    makes the output, where only what follows needs it.
+    makes the output, where only what follows needs it. returned: the product whose result comes back from other
+    devices where experts are split over several, and is kept (`expert_parallel.RECEIVED`).
     """
 
     forward: float
     fixed: float = 0.0
     again: float = 0.0
     last: float = 0.0
+    returned: float = 0.0
 
 
-def training_step(config: config_lib.Config) -> Flops:
-    """The FLOPs of one step of this config."""
+def training_step(config: config_lib.Config, *, is_split: bool = False) -> Flops:
+    """The FLOPs of one step of this config. is_split: experts lie on several devices."""
     model, tokens = config.model, config.data.batch_size * config.data.seq_length
 
     def parts(sublayers: tuple[str, ...], *, slots: bool) -> list[_Products]:
@@ -51,7 +53,8 @@ def training_step(config: config_lib.Config) -> Flops:
     for part in (*parts(model.sublayers, slots=True), head):
         executed += (1 + BACKWARD) * part.forward - part.fixed + part.again
     if model.remat == "period" and model.period:
-        executed += sum(part.forward for part in parts(model.period * model.num_periods, slots=True))
+        again = parts(model.period, slots=True)
+        executed += model.num_periods * sum(part.forward - is_split * part.returned for part in again)
         executed -= model.num_periods * sum(part.last for part in parts(model.period[-1:], slots=True))
     useful = sum(part.forward for part in (*parts(model.sublayers, slots=False), head))
     return Flops(useful=tokens * (1 + BACKWARD) * useful, executed=tokens * executed)
@@ -65,13 +68,15 @@ def _branch(branch: str, config: config_lib.Config, *, slots: bool) -> _Products
             m = model.mamba
             inner, rank = int(m.expand * D), m.dt_rank or math.ceil(D / 16)
             forward, last = 2.0 * (inner * (rank + 2 * m.d_state) + rank * inner), 2.0 * inner * D
+            returned = 0.0
             for name, d_in, d_out in (("conv", D, inner), ("gate", D, inner), ("out", inner, D)):
                 if branch == "mamba_moe" and name in m.moe_projections:
-                    forward += _experts(config, d_in, d_out, slots=slots).forward
+                    part = _experts(config, d_in, d_out, slots=slots)
+                    forward, returned = forward + part.forward, returned + part.returned
                     last = 0.0 if name == "out" else last
                 else:
                     forward += 2.0 * d_in * d_out
-            return _Products(forward, last=last)
+            return _Products(forward, last=last, returned=returned)
         case "mamba2":
             m = model.mamba2
             inner = int(m.expand * D)
@@ -113,17 +118,20 @@ def _experts(config: config_lib.Config, d_in: int, d_out: int, *, slots: bool) -
     moe = config.model.moe
     expert = 2.0 * _ffn(d_in, moe.d_expert, d_out, moe.activation)
     shared, shared_last = moe.num_shared_experts * expert, 2.0 * moe.num_shared_experts * moe.d_expert * d_out
-    group = moe.group_size or config.data.seq_length
+    group, down = moe.group_size or config.data.seq_length, 2.0 * moe.d_expert * d_out
     if moe.router == "soft_moe":
-        num_slots = moe.num_experts * moe.slots_per_expert  # logits, mixtures in and out
-        return _Products(2.0 * 3 * d_in * num_slots + expert * num_slots / group + shared, last=shared_last)
+        num_slots = moe.num_experts * moe.slots_per_expert
+        mixtures = 2.0 * 3 * d_in * num_slots  # logits, in and out
+        forward = mixtures + expert * num_slots / group + shared
+        return _Products(forward, last=shared_last, returned=down * num_slots / group)
     router = {"hash": 0, "label": 0, "noisy_top_k": 2}.get(moe.router, 1) * 2.0 * d_in * moe.num_experts
     if moe.router == "soft":
         every = expert * moe.num_experts
         return _Products(router + every + shared, again=every, last=shared_last)
-    per_token = float(moe.num_choices)
+    per_token, returned = float(moe.num_choices), 0.0
     is_dropless = moe.dispatch == "dropless" or (moe.dispatch == "auto" and config_lib.ROUTERS[moe.router].dropless)
     if slots and not is_dropless and moe.capacity_factor:
         capacity = math.ceil(moe.capacity_factor * group * moe.num_choices / moe.num_experts - 1e-9)
         per_token = moe.num_experts * max(1, min(group, capacity)) / group
-    return _Products(router + expert * per_token + shared, last=shared_last)
+        returned = down * per_token
+    return _Products(router + expert * per_token + shared, last=shared_last, returned=returned)

@@ -164,7 +164,7 @@ def make(
         return plan
     program = program_lib.parse(compiled.as_text() or "")
     found, of_device = collectives_lib.collectives(program, mesh), cost.count(program)
-    expected = flops.training_step(config)
+    expected = flops.training_step(config, is_split=mesh.shape["expert"] > 1)
     work = Work(
         compiled=of_device.matmul_flops * mesh.size,
         analytic=expected.executed,

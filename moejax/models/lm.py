@@ -14,6 +14,7 @@ from jax import Array
 from moejax import config as config_lib
 from moejax import partition
 from moejax.layers import block, head, init, mamba_moe, moe, norm
+from moejax.ops import expert_parallel
 
 
 class Period(nnx.Module):
@@ -109,7 +110,8 @@ class Lm(nnx.Module):
                 return period(x_BLD, keys_B=block.fold_in(keys_period_B, place), **context)
 
             if self.remat == "period":
-                run_period = jax.checkpoint(run_period)
+                keep = jax.checkpoint_policies.save_only_these_names(expert_parallel.RECEIVED)
+                run_period = jax.checkpoint(run_period, policy=keep)
             x_BLD, aux = jax.lax.scan(run_period, x_BLD, (self.periods, jnp.arange(self.num_periods)))
             if aux:
                 stacks.append(_interleave(aux))

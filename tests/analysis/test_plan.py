@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 
 import jax
 import numpy as np
@@ -64,9 +65,15 @@ def test_the_command_prints_the_figures_of_the_compiled_step(capsys, cpu_for_tpu
 
     work = planned["work"]
     assert work["compiled"] == pytest.approx(work["analytic"], rel=0.01)
-    assert work["analytic"] == flops.training_step(c).executed > work["useful"]
+    assert work["analytic"] == flops.training_step(c, is_split=True).executed > work["useful"]
     assert planned["host_transfers"] == []
     assert planned["notes"] == []
+    slots = math.ceil(1.25 * 2 * 32 / 4) * 4  # of the one row of a device, for its experts and the others'
+    sent = [
+        entry["bytes"] for entry in planned["collectives"] if (entry["kind"], entry["axis"]) == ("all-to-all", "expert")
+    ]
+    directions, passes, layers = 2, 2, 2  # remat keeps what came, so that it need not come again
+    assert sent == [pytest.approx(directions * passes * layers * slots * 16 * 4 * 3 / 4, rel=0.02)]
     for entry in planned["collectives"]:
         assert {"kind", "count", "bytes", "axis", "network"} <= entry.keys()
         assert entry["count"] >= 1
