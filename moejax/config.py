@@ -303,7 +303,7 @@ class CheckpointConfig:
 
 @_config
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1 for the rest."""
+    """Devices along each mesh axis; one of them may be -1 for the rest. TPU slices are parts of `data`."""
 
     data: int = -1  # rows are split over data, fsdp and expert
     fsdp: int = 1  # parameters are split over it and gathered where they are used
@@ -311,6 +311,7 @@ class MeshConfig:
     # the positions of a row are split over it, and gathered by MoE layers to route; must divide data.seq_length
     sequence: int = 1
     tensor: int = 1  # hidden widths are split over it
+    split_physical_axes: bool = False  # TPU: whether an axis may take part of an axis of chips
 
 
 @_config

@@ -5,6 +5,7 @@ arrays ("BLI"); only this file knows the mesh axes behind those names.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moejax import config as config_lib
@@ -30,8 +32,11 @@ DIMS = {"B": BATCH_AXES, "L": "sequence", "I": "tensor", "H": "tensor"}
 def make_mesh(config: config_lib.MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """The mesh over the devices (None: all); an axis of -1 takes the devices that the others leave.
 
+    On TPUs the axes are laid along the links between chips, and `data` crosses the network between slices.
+
     Raises:
-      ConfigError: the axes do not multiply to the number of devices.
+      ConfigError: the axes do not multiply to the number of devices, do not divide over the slices, or are no products
+        of the chips along the axes of a slice.
     """
     sizes = {axis: getattr(config, axis) for axis in AXES}
     devices = devices or jax.devices()
@@ -46,7 +51,55 @@ def make_mesh(config: config_lib.MeshConfig, devices: list[Any] | None = None) -
             f"{shape} does not multiply to the {num_devices} device{'s' * (num_devices != 1)} here; "
             f"set one axis to -1 for the rest and the others to divisors of {num_devices}"
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(_lay(sizes, devices, config.split_physical_axes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _lay(sizes: dict[str, int], devices: list[Any], split: bool) -> np.ndarray:
+    """The devices in an array of these sizes, neighbours along the last axes near to one another."""
+    num_slices = count_slices(devices)
+    if sizes["data"] % num_slices:
+        raise config_lib.ConfigError(
+            f"mesh.data={sizes['data']} does not divide over {num_slices} slices, and data is what crosses the network "
+            f"between them; set mesh.data to a multiple of {num_slices}"
+        )
+    within = sizes | {"data": sizes["data"] // num_slices}
+    shape, how = tuple(within.values()), {"allow_split_physical_axes": split}
+    try:
+        if num_slices == 1:
+            return mesh_utils.create_device_mesh(shape, devices, **how)
+        return mesh_utils.create_hybrid_device_mesh(shape, (num_slices, 1, 1, 1, 1), devices, **how)
+    except NotImplementedError:
+        bounds = np.max([device.coords for device in devices], axis=0) + 1
+        chips = [int(size) for size in bounds if size > 1]
+        fitting = sorted({math.prod(some) for n in range(len(chips) + 1) for some in itertools.combinations(chips, n)})
+        wanted = ", ".join(f"mesh.{axis}={size}" for axis, size in within.items() if size > 1)
+        raise config_lib.ConfigError(
+            f"{wanted} in a slice of {' x '.join(map(str, chips))} chips: each axis must take whole axes of chips, "
+            f"{', '.join(map(str, fitting[:-1]))} or {fitting[-1]} of them; change the sizes, or set "
+            "mesh.split_physical_axes=True, which lays an axis over part of one"
+        ) from None
+
+
+def count_slices(devices: list[Any]) -> int:
+    """TPU slices, between which there is only the data-centre network; 1 on other platforms."""
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", None) or 0 for device in devices})
+
+
+def describe(mesh: Mesh) -> str:
+    """One line: the axes with several devices, and what each of them splits."""
+    devices = list(mesh.devices.flat)
+    splits = {axis: [name for name, rule in RULES.items() if rule == axis] for axis in AXES}
+    parts = []
+    for axis, size in mesh.shape.items():
+        if size > 1:
+            what = ["rows"] * (axis in BATCH_AXES) + ["positions"] * (axis == DIMS["L"])
+            parts.append(f"{axis}={size} ({', '.join(what + splits[axis])})")
+    hosts, slices = len({device.process_index for device in devices}), count_slices(devices)
+    where = f"{len(devices)} device{'s' * (len(devices) > 1)} ({devices[0].platform})"
+    where += f" of {hosts} hosts" * (hosts > 1) + f" in {slices} slices, over which data is split" * (slices > 1)
+    return f"mesh: {' x '.join(parts)} on {where}" if parts else f"mesh: {where}"
 
 
 def num_batch_shards(mesh: Mesh) -> int:
@@ -88,9 +141,19 @@ def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
             )
 
 
-def check_scan(config: config_lib.Config, mesh: Mesh) -> None:
-    """Raises ConfigError if model.mamba.scan names an implementation for another platform than the mesh's."""
-    name, here = config.model.mamba.scan, mesh.devices.flat[0].platform
+def check_platform(config: config_lib.Config, mesh: Mesh) -> None:
+    """Raises ConfigError if the config names an implementation for another platform than the mesh's."""
+    here = mesh.devices.flat[0].platform
+    if (
+        config.model.has_experts
+        and config.model.moe.exchange == "ragged"
+        and here == "cpu"
+        and mesh.shape["expert"] > 1
+    ):
+        raise config_lib.ConfigError(
+            "model.moe.exchange=ragged needs a TPU or GPU, and this is cpu; set it to gather or auto"
+        )
+    name = config.model.mamba.scan
     needed = config_lib.SCANS[name]
     uses = config.model.uses("mamba") or config.model.uses("mamba_moe")
     if uses and needed not in ("", here):

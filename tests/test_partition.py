@@ -47,6 +47,62 @@ def test_a_mesh_over_some_of_the_devices():
     assert list(mesh.devices.flat) == jax.devices()[:2]
 
 
+class Chip:
+    """A TPU chip as a topology describes it."""
+
+    platform, device_kind, core_on_chip, process_index = "tpu", "TPU v5 lite", 0, 0
+
+    def __init__(self, number, coords, slice_index=0):
+        self.id, self.coords, self.slice_index = number, list(coords), slice_index
+
+
+def slices(*shape, num_slices=1):
+    coords = [tuple(reversed(place)) for place in np.ndindex(*reversed(shape))]
+    return [Chip(n, place, part) for part in range(num_slices) for n, place in enumerate(coords, part * len(coords))]
+
+
+def test_on_tpus_an_axis_lies_along_axes_of_chips():
+    mesh = partition.make_mesh(config_lib.MeshConfig(data=-1, expert=4), slices(4, 4, 1))
+    for ring in mesh.devices.reshape(4, 4):  # of one expert axis: chips in a line
+        places = np.array([chip.coords for chip in ring])
+        assert sorted(np.ptp(places, axis=0).tolist()) == [0, 0, 3]
+
+
+def test_data_and_nothing_else_crosses_between_slices():
+    devices = slices(2, 4, 1, num_slices=2)
+    mesh = partition.make_mesh(config_lib.MeshConfig(data=4, expert=4), devices)
+    part_of = np.vectorize(lambda chip: chip.slice_index)(mesh.devices.reshape(4, 4))
+    np.testing.assert_array_equal(part_of, [[0] * 4] * 2 + [[1] * 4] * 2)
+    assert partition.describe(mesh) == (
+        "mesh: data=4 (rows) x expert=4 (rows, expert) on 16 devices (tpu) in 2 slices, over which data is split"
+    )
+    error = error_of(lambda: partition.make_mesh(config_lib.MeshConfig(data=1, expert=16), devices))
+    assert error == (
+        "mesh.data=1 does not divide over 2 slices, and data is what crosses the network between them; "
+        "set mesh.data to a multiple of 2"
+    )
+
+
+def test_axes_that_chips_cannot_make_are_refused_with_those_that_they_can():
+    config = config_lib.MeshConfig(data=8, expert=8)
+    error = error_of(lambda: partition.make_mesh(config, slices(4, 4, 4)))
+    assert error == (
+        "mesh.data=8, mesh.expert=8 in a slice of 4 x 4 x 4 chips: each axis must take whole axes of chips, 1, 4, 16 "
+        "or 64 of them; change the sizes, or set mesh.split_physical_axes=True, which lays an axis over part of one"
+    )
+    config.split_physical_axes = True
+    assert dict(partition.make_mesh(config, slices(4, 4, 4)).shape)["expert"] == 8
+
+
+def test_the_mesh_is_told_in_a_line():
+    mesh = mesh_of(data=2, fsdp=2, sequence=2)
+    assert partition.describe(mesh) == (
+        "mesh: data=2 (rows) x fsdp=2 (rows, embed) x sequence=2 (positions) on 8 devices (cpu)"
+    )
+    one = partition.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
+    assert partition.describe(one) == "mesh: 1 device (cpu)"
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [

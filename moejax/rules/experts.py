@@ -110,6 +110,8 @@ def validate(moe: config_lib.MoeConfig, config: config_lib.Config) -> None:
 def _validate_dispatch(moe: config_lib.MoeConfig, router: config_lib.Router) -> None:
     one_of("model.moe.dispatch", moe.dispatch, ("auto", "capacity", "dropless"))
     one_of("model.moe.grouped_matmul", moe.grouped_matmul, ("auto", "blocked", "ragged_dot"))
+    one_of("model.moe.exchange", moe.exchange, ("auto", "ragged", "gather"))
+    require(moe.num_chunks >= 1, f"model.moe.num_chunks={moe.num_chunks} must be 1 or more; change it")
     one_of("model.moe.capacity_order", moe.capacity_order, ("auto", "tokens", "choices", "priority"))
     require(
         router.sparse or moe.dispatch == "auto",
@@ -118,6 +120,14 @@ def _validate_dispatch(moe: config_lib.MoeConfig, router: config_lib.Router) -> 
     require(
         moe.grouped_matmul == "auto" or moe.dispatch != "capacity",
         f"model.moe.grouped_matmul={moe.grouped_matmul} has no effect with dispatch=capacity; set it to auto",
+    )
+    require(
+        moe.exchange == "auto" or moe.dispatch != "capacity",
+        f"model.moe.exchange={moe.exchange} has no effect with dispatch=capacity; set it to auto",
+    )
+    require(
+        moe.num_chunks == 1 or moe.dispatch != "dropless",
+        f"model.moe.num_chunks={moe.num_chunks} has no effect with dispatch=dropless; set it to 1",
     )
     require(
         router.sparse or moe.expert_dropout == 0,

@@ -17,6 +17,7 @@ DATA_FILE = "data.json"  # what the corpus was: `pipeline.Data.describe`
 _FREE_ON_RESUME = (
     *("training.", "checkpoint.", "mesh.", "optimizer."),
     *("model.mamba.scan", "model.mamba.chunk_size", "model.mamba2.scan", "model.mamba2.chunk_size"),
+    *("model.moe.exchange", "model.moe.num_chunks", "model.moe.grouped_matmul"),
     *("data.num_workers", "data.source", "data.validation_source", "data.tfds_dir"),
 )
 _NEVER_FREE = ("training.seed",)

@@ -63,7 +63,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
         )
     mesh = partition.make_mesh(config.mesh)
     partition.check_batch(config, mesh)
-    partition.check_scan(config, mesh)
+    partition.check_platform(config, mesh)
     table_V = None if folder.has_checkpoints(workdir) else tables.read(config)  # a checkpoint has the table
     abstract = state_lib.abstract(config, mesh)
     data = pipeline.load(config.data, folder.load_tokenizer(workdir))
