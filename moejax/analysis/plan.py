@@ -115,7 +115,7 @@ def mesh_of(config: config_lib.Config, devices: list[Any]) -> Mesh:
         )
     mesh = partition.make_mesh(config.mesh, devices)
     partition.check_batch(config, mesh)
-    partition.check_scan(config, mesh)
+    partition.check_platform(config, mesh)
     return mesh
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ CONFIG = f"--config={tiny.__file__}:somewhere"
 OVERRIDES = (
     "--config.model.period=('attention','moe')", "--config.model.attention.num_heads=2", "--config.model.remat=period",
     "--config.mesh.fsdp=2", "--config.mesh.expert=4", "--config.training.num_steps=7", "--config.model.moe.top_k=2",
-    "--config.model.moe.activation=swiglu",
+    "--config.model.moe.activation=swiglu", "--config.model.moe.d_expert=24", "--config.model.moe.num_experts=4",
 )  # fmt: skip
 TIMES = roofline.Seconds(compute=0.001, hbm=0.002, ici=0.004, dcn=0.0)
 
@@ -44,7 +45,15 @@ def cpu_for_tpu(monkeypatch):
     monkeypatch.setattr(roofline, "seconds", lambda cost, found, mesh, where: TIMES)
 
 
-def test_the_command_prints_the_figures_of_the_compiled_step(capsys, cpu_for_tpu):
+def test_the_command_prints_the_figures_of_the_compiled_step(capsys, monkeypatch, cpu_for_tpu):
+    programs, compile_step = [], plan.compile_step
+
+    def noted(config, mesh):
+        compiled = compile_step(config, mesh)
+        programs.append(compiled.as_text())
+        return compiled
+
+    monkeypatch.setattr(plan, "compile_step", noted)
     assert cli.run(["plan", CONFIG, "--topology=v5e:2x4", "--json", *OVERRIDES]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert (planned["devices"], planned["chips"], planned["slices"]) == (8, 8, 1)
@@ -69,15 +78,23 @@ def test_the_command_prints_the_figures_of_the_compiled_step(capsys, cpu_for_tpu
     assert planned["host_transfers"] == []
     assert planned["notes"] == []
     slots = math.ceil(1.25 * 2 * 32 / 4) * 4  # of the one row of a device, for its experts and the others'
-    sent = [
-        entry["bytes"] for entry in planned["collectives"] if (entry["kind"], entry["axis"]) == ("all-to-all", "expert")
-    ]
-    directions, passes, layers = 2, 2, 2  # remat keeps what came, so that it need not come again
-    assert sent == [pytest.approx(directions * passes * layers * slots * 16 * 4 * 3 / 4, rel=0.02)]
+    ours = [one for one in planned["collectives"] if (one["kind"], one["axis"]) == ("all-to-all", "expert")]
+    runs = 2 * 2 * 2  # directions, forward and backward, layers: remat keeps what came, so that it need not come again
+    assert [one["count"] for one in ours] == [runs]
+    assert [one["bytes"] for one in ours] == [pytest.approx(runs * slots * 16 * 4 * 3 / 4, rel=0.02)]
     for entry in planned["collectives"]:
         assert {"kind", "count", "bytes", "axis", "network"} <= entry.keys()
         assert entry["count"] >= 1
         assert set(entry["axis"].split("+")) <= {"fsdp", "expert"}
+
+    # Experts' matrices (no other array has a dim of 24) are gathered over fsdp, each on the devices of its own expert.
+    program = plan.program_lib.parse(programs[0])
+    gathered = [one for one in plan.collectives_lib.collectives(program, mesh) if one.kind == "all-gather"]
+    of_experts = [one for one in gathered if re.search(r"\b24\b", one.result)]
+    assert {one.axes(mesh) for one in of_experts} == {("fsdp",)}
+    buffers = [buffer.dims for e in plan.program_lib.executions(program) for buffer in e.instruction.buffers]
+    assert any(24 in dims and 1 in dims for dims in buffers)
+    assert not [dims for dims in buffers if 24 in dims and 4 in dims]
 
     bound, tokens = planned["bound"], 7 * 8 * 32
     assert (bound["bound"], bound["step_seconds"], bound["tokens"]) == ("ici", 0.004, tokens)
