@@ -16,11 +16,14 @@ Capacity: counted over all 64 rows of 25m, which the authors ran on one GPU: on 
 as a group never spans devices that rows are split over. Over 4 rows of 100m, of whose run they do not give the number
 of devices: up to 256 devices can share its batch. Which tokens are dropped differs: theirs are arbitrary ones, ours the
 last of a group.
-Mesh: one device (25m), or fully sharded over all (100m). Experts over an axis of their own divide 42 = 2 * 3 * 7.
+Mesh: one device (25m), or fully sharded over all (100m). An expert axis must divide the 42 experts: of powers of two
+that is 2, which is part of an axis of chips; 64 experts take a whole one.
 
     moejax train --config=configs/moe_mamba.py:moe_mamba_25m --workdir=runs/moe_mamba_25m
     moejax plan --config=configs/moe_mamba.py:moe_mamba_100m --topology=v5p:4x4x4 \\
-        --config.mesh.fsdp=32 --config.mesh.expert=2
+        --config.mesh.expert=2 --config.mesh.split_physical_axes=True
+    moejax plan --config=configs/moe_mamba.py:moe_mamba_100m --topology=v5e:16x16 \\
+        --config.model.moe.num_experts=64 --config.mesh.expert=16
 """
 
 from moejax import config

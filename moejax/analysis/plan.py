@@ -78,7 +78,10 @@ class Bound:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a config would need and cost on a topology. work, collectives and bound: None where it does not fit."""
+    """What a config would need and cost on a topology; work, collectives and bound are None where it does not fit.
+
+    layout: of the mesh, in words (`partition.describe`).
+    """
 
     topology: str
     slices: int
@@ -86,6 +89,7 @@ class Plan:
     devices: int
     hosts: int
     mesh: dict[str, int]
+    layout: str
     batch_size: int
     parameters: dict[str, int]
     memory: Memory
@@ -149,6 +153,7 @@ def make(
         devices=mesh.size,
         hosts=len({(d.process_index, getattr(d, "slice_index", None)) for d in mesh.devices.flat}),
         mesh=dict(mesh.shape),
+        layout=partition.describe(mesh),
         batch_size=config.data.batch_size,
         parameters=_parameters(config, state),
         memory=_memory(compiled, (state, batch), where.chip, refusal),

@@ -10,10 +10,10 @@ def page(plan: plan_lib.Plan) -> str:
     """Everything that a plan says."""
     memory, parameters = plan.memory, plan.parameters
     slices = f"{plan.slices} x " if plan.slices > 1 else ""
-    mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
     lines = [
-        f"{'devices':<12}{plan.devices} on {plan.hosts} hosts ({slices}{plan.topology}, {plan.chips} chips)",
-        f"{'mesh':<12}{mesh}; {plan.batch_size} rows a step",
+        f"{'topology':<12}{slices}{plan.topology}: {plan.chips} chips, {plan.devices} devices, {plan.hosts} hosts; "
+        f"{plan.batch_size} rows a step",
+        f"{'mesh':<12}{plan.layout.removeprefix('mesh: ')}",
         f"{'parameters':<12}{parameters['total']:,} in all, {parameters['active']:,} active (without embedding and "
         f"head {parameters['non_embedding_total']:,} and {parameters['non_embedding_active']:,}); "
         f"{parameters['per_device']:,} a device",

@@ -93,7 +93,7 @@ def build() -> argparse.ArgumentParser:
     sub = command(
         "plan",
         commands_lib.plan,
-        "moejax plan --config=configs/moe_mamba.py:moe_mamba_100m --topology=v5p:4x4x4 --config.mesh.expert=2",
+        "moejax plan --config=configs/moe_mamba.py:moe_mamba_100m --topology=v5p:4x4x4",
     )
     takes_config(sub)
     sub.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="a TPU slice, e.g. v5p:4x4x4 or v5e:16x16")

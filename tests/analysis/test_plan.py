@@ -171,7 +171,7 @@ def test_varied_fields_give_a_row_for_each_combination(capsys, monkeypatch, cpu_
         bound = plan.Bound(0.001, 0.002, 0.003, 0.0, "ici", 0.003, 1e6, 0.25, 10**9, 1.5, 288.0)
         memory = plan.Memory(2**30, 2**31, 0, 3 * 2**30, 2**34, fits=True)
         parameters = {"total": 10**9, "active": 10**8}
-        return plan.Plan(where.name, 1, 8, 8, 2, {}, 8, parameters, memory, None, None, None, bound, [], 1.0)
+        return plan.Plan(where.name, 1, 8, 8, 2, {}, "", 8, parameters, memory, None, None, None, bound, [], 1.0)
 
     monkeypatch.setattr(plan, "make", make)
     vary = ["--vary=model.moe.num_experts=4,8", "--vary=model.period=('moe',),('mamba','moe')"]
