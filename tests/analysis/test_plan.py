@@ -124,6 +124,16 @@ def test_the_closed_form_is_what_the_compiler_makes_of_a_step():
     assert plan.cost.count(program).matmul_flops == pytest.approx(flops.training_step(c).executed, rel=0.01)
 
 
+def test_sharded_parameters_come_to_the_rows_and_no_batch_goes_to_the_parameters():
+    """In a model without experts, too, whose activations no `shard_map` lays out."""
+    c = config_of(model__period=("mlp",), model__mlp__d_ff=24, mesh=config_lib.MeshConfig(data=1, fsdp=8))
+    mesh = partition.make_mesh(c.mesh)
+    program = plan.program_lib.parse(plan.compile_step(c, mesh).as_text())
+    found = plan.collectives_lib.collectives(program, mesh)
+    assert [one for one in found if "[16,24]" in one.result]
+    assert not [one for one in found if "f32[8,32," in one.result]  # token ids may
+
+
 def test_the_largest_batch_is_found_by_bisection_and_what_does_not_fit_is_said(monkeypatch):
     c = config_of(model__moe__group_size=64, data__batch_size=32)  # two rows a group, eight devices: steps of 16 rows
     mesh = partition.make_mesh(c.mesh)
