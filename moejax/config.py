@@ -24,6 +24,7 @@ TOKENIZERS = ("bpe", "bytes", "gpt2", "sentencepiece", "hf")
 SCANS = {"auto": "", "associative": "", "unrolled": "", "reference": "", "pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 SCAN_STATES = {"pallas_tpu": 128, "pallas_gpu": 64}  # states a channel that a kernel can hold on the chip
 ACTIVATIONS = ("relu", "gelu", "swiglu", "geglu")
+GROUPED_MATMULS = ("auto", "blocked", "ragged_dot")
 MOE_LOSSES = ("balance", "importance", "load", "z", "device", "communication", "sequence")
 
 

@@ -195,6 +195,18 @@ def num_parts(axis: str) -> int:
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
+def constrain(x: Array, dims: str) -> Array:
+    """The array, laid out by its dims ("BLD", see `DIMS`) on the mesh that the code at hand is traced on, if any.
+
+    Without it XLA lays activations out as it sees fit, for one like the parameters that they come from, and whole
+    batches travel between devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
+        return x
+    return jax.lax.with_sharding_constraint(x, _spec(dims))
+
+
 def platform() -> str:
     """Of the mesh that the code at hand is traced on, which need not be here; without one, the default."""
     device = jax.sharding.get_abstract_mesh().abstract_device

@@ -105,6 +105,35 @@ def build() -> argparse.ArgumentParser:
     takes_config(sub)
     writes_json(sub)
 
+    sub = command("verify", commands_lib.verify, "moejax verify --config=configs/quickstart.py --config.mesh.expert=4")
+    takes_config(sub)
+    sub.add_argument("--devices", type=int, default=8, metavar="N", help="virtual devices (default 8)")
+    writes_json(sub)
+
+    sub = command(
+        "plan",
+        commands_lib.plan,
+        "moejax plan --config=configs/moe_mamba.py:moe_mamba_100m --topology=v5p:4x4x4",
+    )
+    takes_config(sub)
+    sub.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="a TPU slice, e.g. v5p:4x4x4 or v5e:16x16")
+    sub.add_argument("--slices", type=int, default=1, help="so many of them, joined by the slow network (default 1)")
+    sub.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE,VALUE",
+        help="a row for each value, e.g. model.moe.num_experts=8,32,128; several: all combinations",
+    )
+    sub.add_argument(
+        "--search_batch",
+        type=int,
+        default=0,
+        metavar="PROBES",
+        help="search the largest batch that fits with at most so many more compilations (default 0: none)",
+    )
+    writes_json(sub)
+
     sub = command("report", commands_lib.report, "moejax report runs/a runs/b")
     sub.add_argument("folders", nargs="+", type=pathlib.Path, metavar="DIR", help="folders of runs")
     sub.add_argument("--output", type=pathlib.Path, help="page to write (default: report.html in the first folder)")

@@ -29,12 +29,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, ad_checkpoint
 
 from moejax import partition
 from moejax.ops import dispatch, experts
 
 EXCHANGES = ("ragged", "gather")
+RECEIVED = "received"  # what came from other devices, for the policy of a checkpoint
 
 
 class Settings(NamedTuple):
@@ -294,14 +295,19 @@ def _to_experts(x_ECD: Array) -> Array:
     """Slots of all experts for this device's tokens -> of this device's experts for all tokens, P times as many."""
     if partition.num_parts("expert") == 1:
         return x_ECD
-    return jax.lax.all_to_all(x_ECD, "expert", split_axis=0, concat_axis=1, tiled=True)
+    return _received(jax.lax.all_to_all(x_ECD, "expert", split_axis=0, concat_axis=1, tiled=True))
 
 
 def _from_experts(x_ECD: Array) -> Array:
     """The inverse, and the transpose, of `_to_experts`."""
     if partition.num_parts("expert") == 1:
         return x_ECD
-    return jax.lax.all_to_all(x_ECD, "expert", split_axis=1, concat_axis=0, tiled=True)
+    return _received(jax.lax.all_to_all(x_ECD, "expert", split_axis=1, concat_axis=0, tiled=True))
+
+
+def _received(x_ECD: Array) -> Array:
+    """Kept where a checkpoint recomputes the rest (`RECEIVED`): memory for a few slots, not the network once more."""
+    return ad_checkpoint.checkpoint_name(x_ECD, RECEIVED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -109,7 +109,7 @@ def validate(moe: config_lib.MoeConfig, config: config_lib.Config) -> None:
 
 def _validate_dispatch(moe: config_lib.MoeConfig, router: config_lib.Router) -> None:
     one_of("model.moe.dispatch", moe.dispatch, ("auto", "capacity", "dropless"))
-    one_of("model.moe.grouped_matmul", moe.grouped_matmul, ("auto", "blocked", "ragged_dot"))
+    one_of("model.moe.grouped_matmul", moe.grouped_matmul, config_lib.GROUPED_MATMULS)
     one_of("model.moe.exchange", moe.exchange, ("auto", "ragged", "gather"))
     require(moe.num_chunks >= 1, f"model.moe.num_chunks={moe.num_chunks} must be 1 or more; change it")
     one_of("model.moe.capacity_order", moe.capacity_order, ("auto", "tokens", "choices", "priority"))

@@ -87,7 +87,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
     data = pipeline.load(config.data, folder.load_tokenizer(workdir))
     folder.check_vocabulary(config, data.tokenizer)
     folder.check_corpus(data, workdir)
-    metrics.say(describe(config, mesh, data))
+    metrics.say(describe(config, data))
+    metrics.say(partition.describe(mesh))
     for note in notes(config, data):
         metrics.say(note)
 
@@ -263,15 +264,14 @@ def notes(config: config_lib.Config, data: pipeline.Data) -> list[str]:
     return found
 
 
-def describe(config: config_lib.Config, mesh: jax.sharding.Mesh, data: pipeline.Data) -> str:
+def describe(config: config_lib.Config, data: pipeline.Data) -> str:
     """One line: what is trained on what."""
     params = nnx.state(lm.abstract(config.model), nnx.Param)
     num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     count = f", {data.num_tokens:,} tokens" if data.num_tokens is not None else ""
     left_out = f"; {data.num_left_out:,} blank or unreadable left out" if data.num_left_out else ""
     return (
-        f"{num_params:,} parameters on {axes} ({jax.devices()[0].platform}); {config.data.source}: "
+        f"{num_params:,} parameters; {config.data.source}: "
         f"{data.num_documents:,} documents{count} to train on, {len(data.validation):,} documents, "
         f"{data.validation.num_targets:,} tokens held out{left_out}; packing {config.data.packing}; "
         f"tokenizer {data.tokenizer.name} of {data.tokenizer.vocab_size:,}"

@@ -17,7 +17,7 @@ from scan_loop import recurrence
 
 from moejax import config as config_lib
 from moejax import partition
-from moejax.analysis.collectives import collectives
+from moejax.analysis import collectives, program
 from moejax.layers import mamba
 from moejax.ops import attention, conv, scan, sequence, ssd
 
@@ -325,7 +325,8 @@ def test_a_mamba_layer_sends_halos_and_states_and_no_sequence():
             jax.ShapeDtypeStruct((BATCH, length), jnp.int32, sharding=place),
         )
         step = partition.on_mesh(mesh, jax.value_and_grad(loss, argnums=(0, 1)))
-        return collectives(jax.jit(step).lower(*arrays).compile().as_text())
+        text = jax.jit(step).lower(*arrays).compile().as_text()
+        return [(one.kind, one.result_bytes) for one in collectives.collectives(program.parse(text), mesh)]
 
     found = sent(256)
     inner = 2 * d_model
