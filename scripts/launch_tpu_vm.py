@@ -107,6 +107,10 @@ def launch(argv: Sequence[str]) -> bool:
 
 def create(options, tpu: launching.Slice) -> list[str]:
     """gcloud's command that makes a TPU VM of one slice."""
+    if tpu.tpu.runtime is None:
+        raise launching.LaunchError(
+            f"--create={options.create}: gcloud makes no TPU VM of this kind; use launch_gke.py"
+        )
     return [
         *("gcloud", "compute", "tpus", "tpu-vm", "create", options.name, *located(options)),
         *(f"--accelerator-type={tpu.accelerator_type}", f"--version={tpu.tpu.runtime}"),

@@ -146,19 +146,20 @@ class TpuKind(NamedTuple):
 
     gke: str  # label cloud.google.com/gke-tpu-accelerator
     prefix: str  # of the accelerator type
-    cores: int  # TensorCores a chip: v4 and v5p count them in the accelerator type
-    runtime: str  # software version of a TPU VM
-    most: int  # chips of the largest slice; 2-D slices are one of FLAT
+    cores: int  # TensorCores a chip, which the accelerator type counts; those with one have slices in two dims
+    runtime: str | None  # software version of a TPU VM; None: Compute Engine or GKE alone makes them
+    most: int  # chips of the largest slice
 
 
 # cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus, cloud.google.com/tpu/docs/runtimes, and xpk's
-# core/system_characteristics.py for the accelerator types. A host has 4 chips, and 1 where the slice is one chip: of
-# v5e and v6e, 2x4 is taken as two hosts of 4, not as one of 8.
+# core/system_characteristics.py for the accelerator types; slices as moejax/analysis/chips.py has them. A host has 4
+# chips, and 1 where the slice is one chip: of v5e and v6e, 2x4 is taken as two hosts of 4, not as one of 8.
 TPUS = {
     "v4": TpuKind("tpu-v4-podslice", "v4", 2, "tpu-ubuntu2204-base", 4096),
     "v5e": TpuKind("tpu-v5-lite-podslice", "v5litepod", 1, "v2-alpha-tpuv5-lite", 256),
-    "v5p": TpuKind("tpu-v5p-slice", "v5p", 2, "v2-alpha-tpuv5", 8960),
+    "v5p": TpuKind("tpu-v5p-slice", "v5p", 2, "v2-alpha-tpuv5", 6144),
     "v6e": TpuKind("tpu-v6e-slice", "v6e", 1, "v2-alpha-tpuv6e", 256),
+    "tpu7x": TpuKind("tpu7x", "tpu7x", 2, None, 9216),
 }
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SMALL_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # above them every side is a multiple of 4, the sides ascending

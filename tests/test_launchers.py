@@ -396,6 +396,47 @@ def test_a_host_where_training_ends_at_once_says_why(tools, tmp_path):
     assert done.stderr.count("training\n") == done.stderr.count("moejax train has ended; see ~/moejax/log") == 2
 
 
+@pytest.mark.parametrize("ref", ["main", "v1", "hash"])
+def test_a_ref_is_fetched_from_git_in_place_of_what_was_there(ref, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import launching
+
+    def git(*words):
+        who = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b"}
+        who |= {"GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b", "PATH": os.environ["PATH"]}
+        return subprocess.run(
+            ["git", "-C", repository, *words], env=who, check=True, capture_output=True, text=True
+        ).stdout
+
+    repository, folder = tmp_path / "my repository", tmp_path / "src"
+    repository.mkdir()
+    git("init", "--quiet", "--initial-branch=main")
+    (repository / "new").touch()
+    git("add", "new")
+    git("commit", "--quiet", "--message=one")
+    git("tag", "v1")
+    folder.mkdir()
+    (folder / "old").touch()
+    source = launching.Source(f"file://{repository}", git("rev-parse", "HEAD").strip() if ref == "hash" else ref)
+    subprocess.run(["bash", "-c", source.fetch(str(folder))], check=True)
+    assert sorted(path.name for path in folder.iterdir()) == [".git", "new"]
+
+
+def test_slices_are_those_that_moejax_plans_for(monkeypatch):
+    chips = pytest.importorskip("moejax.analysis.chips")
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import launching
+
+    assert {kind: tpu.most for kind, tpu in launching.TPUS.items()} == {
+        kind: chip.max_chips for kind, chip in chips.CHIPS.items()
+    }
+    assert {kind: 2 if tpu.cores == 1 else 3 for kind, tpu in launching.TPUS.items()} == {
+        kind: chip.num_dims for kind, chip in chips.CHIPS.items()
+    }
+    for ours, theirs in ((launching.FLAT, chips.SHAPES_2D), (launching.SMALL_CUBES, chips.SHAPES_3D)):
+        assert ours == tuple("x".join(map(str, shape)) for shape in theirs)
+
+
 @pytest.mark.parametrize(
     ("arguments", "train", "words"),
     [
@@ -408,9 +449,9 @@ def test_a_host_where_training_ends_at_once_says_why(tools, tmp_path):
         (SLURM, (), "no --config for moejax train"),
         (SLURM, ("--config", "a.py", "--workdir", "b"), "--workdir stands after --"),
         (SLURM[:-1], (CONFIG,), "required: --workdir"),
-        ((*GKE, "--tpu=v9:4x4"), (CONFIG,), "KIND one of v4, v5e, v5p, v6e"),
+        ((*GKE, "--tpu=v9:4x4"), (CONFIG,), "KIND one of v4, v5e, v5p, v6e, tpu7x"),
         ((*GKE, "--tpu=v5e:4x4x4"), (CONFIG,), "v5e has slices of 1x1, 2x2,"),
-        ((*GKE, "--tpu=v5p:4x4x6"), (CONFIG,), "multiples of 4, up to 8960 chips"),
+        ((*GKE, "--tpu=v5p:4x4x6"), (CONFIG,), "multiples of 4, up to 6144 chips"),
         ((*GKE, "--tpu=v5p:8x4x4"), (CONFIG,), "A <= B <= C"),
         ((*GKE, "--tpu=v5e:2x2", "--slices=2"), (CONFIG,), "choose a larger --tpu"),
         ((*GKE, "--slices=0"), (CONFIG,), "--slices=0 must be 1 or more"),
@@ -425,6 +466,7 @@ def test_a_host_where_training_ends_at_once_says_why(tools, tmp_path):
         ((*XPK, "--setup=a\nb"), (CONFIG,), "no newline"),
         (TPU_VM, (CONFIG,), "no --workdir"),
         ((*TPU_VM, "--workdir=/a", "--spot"), (CONFIG,), "--spot goes with --create"),
+        ((*TPU_VM, "--workdir=/a", "--create=tpu7x:2x2x1"), (CONFIG,), "makes no TPU VM of this kind"),
         ((*TPU_VM, "--stop", "--status"), (), "stand alone"),
         ((*TPU_VM, "--stop"), (CONFIG,), "stand alone"),
     ],
