@@ -20,6 +20,9 @@ SOURCES = (*CORPORA, "files", "tfds", "prepared")
 TOKENIZERS = ("bpe", "bytes", "gpt2", "sentencepiece", "hf")
 
 
+# Devices of an axis up to which exchange=auto is ragged: above 32 it has crashed on TPUs (openxla/xla#47283).
+MAX_RAGGED = 32
+
 # Implementations of Mamba's scan, and the platform that each needs; "" = any
 SCANS = {"auto": "", "associative": "", "unrolled": "", "reference": "", "pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 SCAN_STATES = {"pallas_tpu": 128, "pallas_gpu": 64}  # states a channel that a kernel can hold on the chip
@@ -151,7 +154,7 @@ class MoeConfig:
     dispatch: str = "auto"
     grouped_matmul: str = "auto"  # dispatch=dropless: blocked, ragged_dot, auto: the faster as measured
     # dispatch=dropless, where mesh.expert splits experts: ragged (a choice is sent once; TPU, GPU), gather (every token
-    # to all devices of the axis); auto: what sends less
+    # to all devices of the axis); auto: what sends less, and gather beyond MAX_RAGGED devices
     exchange: str = "auto"
     num_chunks: int = 1  # dispatch=capacity, there too: parts of the slots, one of which travels beside another's work
     expert_dropout: float = 0.0  # of hidden units of the routed experts, in training (Switch: 0.4 in fine-tuning)
@@ -180,6 +183,16 @@ class MoeConfig:
     def num_choices(self) -> int:
         """K of this router: top_k, or its own where that is 0. relu, soft and expert_choice may use every expert."""
         return self.top_k or ROUTERS[self.router].top_k
+
+    def is_dropless(self, factor: float, full_capacity: float) -> bool:
+        """Whether tokens are sorted by expert at this capacity factor; else every expert has slots of its own.
+
+        full_capacity: of `ops.dispatch_rules`, for dispatch=auto where nothing may be dropped.
+        """
+        router = ROUTERS[self.router]
+        if self.dispatch != "auto" or not router.sparse or self.router == "expert_choice":
+            return self.dispatch == "dropless"
+        return router.dropless or (factor == 0 and self.num_experts > full_capacity * self.num_choices)
 
     def slot_order(self, train: bool) -> str:
         """capacity_order, resolved. Evaluation does not look ahead unless told to."""

@@ -7,7 +7,7 @@ arrays ("BLI"); only this file knows the mesh axes behind those names.
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -261,24 +261,30 @@ def part(x: Array, axis: str, dim: int) -> Array:
     return x if size == x.shape[dim] else jax.lax.dynamic_slice_in_dim(x, index(axis) * size, size, dim)
 
 
-def reader(mesh: Mesh, process: int) -> tuple[int, int]:
-    """(i, n): the process reads the i-th of n equal parts of a batch's rows, all that its devices need.
+def parts_of_batch(mesh: Mesh, process: int) -> tuple[int, ...]:
+    """Which of the `num_batch_shards` equal parts of a batch's rows the devices of a process need.
 
-    Processes between which rows are split, over `sequence`, or copied, over `tensor`, read the same part.
-
-    Raises:
-      ConfigError: the devices of the processes do not need equal parts.
+    They need not be neighbours: a host of a TPU pod has a block of chips. Processes between which rows are split, over
+    `sequence`, or copied, over `tensor`, need the same.
     """
     owners = np.array([device.process_index for device in mesh.devices.flat]).reshape(num_batch_shards(mesh), -1)
-    needs = {int(owner): tuple(np.flatnonzero((owners == owner).any(axis=1))) for owner in np.unique(owners)}
-    parts = sorted(set(needs.values()))
-    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) > len(owners):
-        shape = " x ".join(f"mesh.{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
-        raise config_lib.ConfigError(
-            f"{shape} gives the {len(needs)} hosts unequal parts of a batch's rows; set mesh.sequence x mesh.tensor to "
-            "a divisor or a multiple of the devices of a host"
-        )
-    return parts.index(needs[process]), len(parts)
+    return tuple(np.flatnonzero((owners == process).any(axis=1)).tolist())
+
+
+def place_batch(mesh: Mesh, parts: Sequence[int], rows: Any) -> Any:
+    """The batch on the mesh, of which this process has these parts, one after another: a tree of arrays [B, L]."""
+    places = batch_sharding(mesh)
+
+    def place(rows_BL: np.ndarray) -> Array:
+        size = len(rows_BL) // len(parts)
+
+        def of_device(index: Any) -> np.ndarray:
+            first = parts.index((index[0].start or 0) // size) * size
+            return rows_BL[first : first + size, index[1]]
+
+        return jax.make_array_from_callback((size * num_batch_shards(mesh), rows_BL.shape[1]), places, of_device)
+
+    return jax.tree.map(place, rows)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 from moejax import config as config_lib
+from moejax.ops import dispatch_rules
 
 BACKWARD = 2  # over the forward pass: the gradients of both factors of each product
 
@@ -129,9 +130,9 @@ def _experts(config: config_lib.Config, d_in: int, d_out: int, *, slots: bool) -
         every = expert * moe.num_experts
         return _Products(router + every + shared, again=every, last=shared_last)
     per_token, returned = float(moe.num_choices), 0.0
-    is_dropless = moe.dispatch == "dropless" or (moe.dispatch == "auto" and config_lib.ROUTERS[moe.router].dropless)
-    if slots and not is_dropless and moe.capacity_factor:
-        capacity = math.ceil(moe.capacity_factor * group * moe.num_choices / moe.num_experts - 1e-9)
+    full_capacity = dispatch_rules.RULES["tpu"].full_capacity
+    if slots and not moe.is_dropless(moe.capacity_factor, full_capacity):
+        capacity = math.ceil(moe.capacity_factor * group * moe.num_choices / moe.num_experts - 1e-9) or group
         per_token = moe.num_experts * max(1, min(group, capacity)) / group
         returned = down * per_token
     return _Products(router + expert * per_token + shared, last=shared_last, returned=returned)

@@ -160,13 +160,13 @@ class Verifier:
 
     def _outcome(self, combination: Combination, program: Callable[[], Callable[[], Result]]) -> Outcome:
         try:
-            result = program()()
+            result, reference = program()(), self.reference(combination.dispatcher)
         except config_lib.ConfigError as error:
             return Outcome(combination, skipped=str(error))
         except Exception as error:  # a router or layer of the user's may raise anything on a mesh
             what = next(iter(str(error).splitlines()), "")
             return Outcome(combination, failures=[f"raised {type(error).__name__}: {what}"])
-        differences, failures = compare(result, self.reference(combination.dispatcher))
+        differences, failures = compare(result, reference)
         return Outcome(combination, result, differences, failures)
 
     def _check(self, combination: Combination) -> None:
@@ -258,7 +258,8 @@ def compare(result: Result, reference: Result) -> tuple[dict[str, float], list[s
         size = np.maximum(size, max(FLOOR * size.max(), model_floor))
         relative = np.abs(found.value.astype(np.float64) - expected.value).max(axis=inner, keepdims=True) / size
         worst = np.unravel_index(np.argmax(relative), relative.shape)  # a NaN counts as the largest
-        if not relative[worst] <= differences.get(found.group, -1.0):
+        largest = differences.get(found.group, -1.0)
+        if not (np.isnan(largest) or relative[worst] <= largest):
             differences[found.group] = float(relative[worst])
             places = [f"{dim} {n}" for dim, n in zip(found.dims, worst, strict=True) if dim in ("period", "expert")]
             where[found.group] = ", ".join([found.path, *places])

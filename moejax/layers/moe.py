@@ -148,11 +148,7 @@ class Moe(nnx.Module):
 
     def is_dropless(self, factor: float) -> bool:
         """Whether tokens are sorted by expert; else every expert has slots for `capacity` tokens."""
-        c, rule = self.config, _rule()
-        if c.dispatch != "auto" or not config_lib.ROUTERS[c.router].sparse or c.router == "expert_choice":
-            return c.dispatch == "dropless"
-        never_drops = factor == 0 and c.num_experts > rule.full_capacity * c.num_choices
-        return config_lib.ROUTERS[c.router].dropless or never_drops
+        return self.config.is_dropless(factor, _rule().full_capacity)
 
     def _run(
         self, x_BLD: Array, tokens: router.Tokens, group_size: int, factor: float, train: bool
@@ -216,7 +212,7 @@ class Moe(nnx.Module):
 
     def _settings(self, has_noise: bool) -> expert_parallel.Settings:
         c, parts = self.config, partition.num_parts("expert")
-        can_be_ragged = partition.platform() != "cpu" and parts > c.num_choices
+        can_be_ragged = partition.platform() != "cpu" and c.num_choices < parts <= config_lib.MAX_RAGGED
         return expert_parallel.Settings(
             activation=c.activation,
             dtype=self.dtype,
@@ -248,7 +244,8 @@ class Moe(nnx.Module):
         choices_BL = jax.tree.map(lambda x_BM: partition.part(x_BM, "sequence", 1), choices_BM)
         capacity = self.capacity(group_size, factor)
         never_drops = not train and capacity >= tokens.valid_BL.size
-        if never_drops and expert_BMK.size <= c.num_experts and partition.num_parts("expert") == 1:  # decoding
+        is_alone = math.prod(map(partition.num_parts, partition.AXES)) == 1
+        if never_drops and expert_BMK.size <= c.num_experts and is_alone:  # a step of decoding
             return expert_parallel.few(x_BLD, choices_BL, weights, settings), none
         if self.is_dropless(factor):
             return expert_parallel.dropless(x_BLD, choices_BL, weights, settings), none

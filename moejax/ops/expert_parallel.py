@@ -306,7 +306,10 @@ def _from_experts(x_ECD: Array) -> Array:
 
 
 def _received(x_ECD: Array) -> Array:
-    """Kept where a checkpoint recomputes the rest (`RECEIVED`): memory for a few slots, not the network once more."""
+    """Kept where a checkpoint recomputes the rest (`RECEIVED`): memory for a few slots, not the network once more.
+
+    What is exchanged dropless is sent again: buffers for its worst case are too large to keep.
+    """
     return ad_checkpoint.checkpoint_name(x_ECD, RECEIVED)
 
 

@@ -121,13 +121,18 @@ def _validate_dispatch(moe: config_lib.MoeConfig, router: config_lib.Router) -> 
         moe.grouped_matmul == "auto" or moe.dispatch != "capacity",
         f"model.moe.grouped_matmul={moe.grouped_matmul} has no effect with dispatch=capacity; set it to auto",
     )
+    factors = moe.capacity_factor, moe.eval_capacity_factor
+    where = f"router={moe.router}, dispatch={moe.dispatch} and these capacity factors"
     require(
-        moe.exchange == "auto" or moe.dispatch != "capacity",
-        f"model.moe.exchange={moe.exchange} has no effect with dispatch=capacity; set it to auto",
+        moe.exchange == "auto" or any(moe.is_dropless(factor, full_capacity=1.0) for factor in factors),
+        f"model.moe.exchange={moe.exchange} has no effect with {where}, where nothing is dropless; set it to auto",
+    )
+    has_slots = moe.router == "soft_moe" or (
+        router.sparse and not all(moe.is_dropless(factor, full_capacity=1.0) for factor in factors)
     )
     require(
-        moe.num_chunks == 1 or moe.dispatch != "dropless",
-        f"model.moe.num_chunks={moe.num_chunks} has no effect with dispatch=dropless; set it to 1",
+        moe.num_chunks == 1 or has_slots,
+        f"model.moe.num_chunks={moe.num_chunks} has no effect with {where}, where experts have no slots; set it to 1",
     )
     require(
         router.sparse or moe.expert_dropout == 0,

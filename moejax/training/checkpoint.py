@@ -51,8 +51,8 @@ class Checkpoints:
             keep_period=config.keep_every or None,
             read_only=read_only,
             create=not read_only,
-            single_host_load_and_broadcast=jax.process_count()
-            > 1,  # the steps that all see are those that process 0 sees
+            # the steps that all see are those that process 0 sees
+            single_host_load_and_broadcast=jax.process_count() > 1,
         )
         self._options = options
         self._manager = _Manager(folder.absolute(), options=options)

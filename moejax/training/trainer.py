@@ -135,14 +135,12 @@ def run_steps(
     console = metrics.Console(num_steps=num_steps, step=start, log_every=config.training.log_every)
     log = RowLog(config, writer, console, start)
     probe = probe_lib.Probe(workdir, step=start) if writes else None
-    host, num_hosts = partition.reader(mesh, jax.process_index())
-    batches = pipeline.train_batches(data, config.data, start, host=host, num_hosts=num_hosts)
-    place, shape = partition.batch_sharding(mesh), (config.data.batch_size, config.data.seq_length)
+    parts = partition.parts_of_batch(mesh, jax.process_index())
+    batches = pipeline.train_batches(data, config.data, start, parts=parts, num_parts=partition.num_batch_shards(mesh))
     try:
         for step in range(start + 1, num_steps + 1):
             # a copy: a worker's arrays lie in memory that it takes back, and jax on CPU would keep them without copying
-            local = jax.tree.map(np.array, next(batches))
-            batch = jax.tree.map(lambda part: jax.make_array_from_process_local_data(place, part, shape), local)
+            batch = partition.place_batch(mesh, parts, jax.tree.map(np.array, next(batches)))
             state, step_metrics = train_step(state, batch)
             log.finish_pending(checkpoints)
             log.pending = (step, step_metrics)
@@ -236,8 +234,7 @@ def notes(config: config_lib.Config, data: pipeline.Data) -> list[str]:
     if not config.model.has_experts:
         return []
     c, found = config.model.moe, []
-    routed = config_lib.ROUTERS[c.router]
-    is_dropless = c.dispatch == "dropless" or (c.dispatch == "auto" and routed.dropless)
+    is_dropless = c.is_dropless(1.0, full_capacity=1.0)  # where the factor would drop something
     if is_dropless and (c.capacity_factor or c.eval_capacity_factor):
         found.append(f"note: router={c.router} drops no token here; model.moe.capacity_factor does not apply")
     looks_ahead = [
