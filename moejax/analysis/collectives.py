@@ -7,7 +7,8 @@ fewest bytes. For a group of n devices:
     reduce-scatter       operand x (n - 1) / n
     all-reduce           2 x operand x (n - 1) / n     a reduce-scatter and an all-gather
     all-to-all           operand x (n - 1) / n         a device keeps its own part
-    ragged-all-to-all    operand x (n - 1) / n         if the parts are equal: they depend on data
+    ragged-all-to-all    the same of the smaller of operand and result: one has room for the worst case, and what is
+                         sent depends on data; this is for equal parts
     collective-permute   operand                       nothing from a device to itself
     collective-broadcast operand
 
@@ -71,6 +72,8 @@ class Collective:
                 return 2 * self.operand_bytes * share
             case "collective-permute" | "collective-broadcast":
                 return self.operand_bytes
+            case "ragged-all-to-all":
+                return min(self.operand_bytes, self.result_bytes) * share
         return self.operand_bytes * share
 
     def axes(self, mesh: Mesh) -> tuple[str, ...]:

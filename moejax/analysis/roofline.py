@@ -85,5 +85,6 @@ def ici_seconds(one: collectives_lib.Collective, coordinates: np.ndarray, topolo
     if bandwidth == 0:
         return 0.0
     if one.kind in ("all-to-all", "ragged-all-to-all"):
-        return chip.devices * one.operand_bytes * share / chip.link_bandwidth
+        size = min(one.operand_bytes, one.result_bytes)
+        return chip.devices * size * share / chip.link_bandwidth
     return chip.devices * one.sent_bytes / bandwidth

@@ -123,6 +123,22 @@ def test_flops_of_scans_are_those_of_the_closed_form_while_xla_counts_each_body_
     assert compiled.cost_analysis()["flops"] < 8 * one
 
 
+def test_without_loops_bytes_and_flops_are_those_that_xla_counts():
+    def loss(w_KDD, x_BD):
+        for w_DD in w_KDD:
+            x_BD = jnp.tanh(x_BD @ w_DD)
+        return jnp.sum(x_BD**2)
+
+    def step(w_KDD, x_BD):
+        return w_KDD - 0.1 * jax.grad(loss)(w_KDD, x_BD)
+
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((3, 256, 256), (512, 256))]
+    compiled = jax.jit(step).lower(*arrays).compile()
+    counted, analysis = cost.count(program.parse(compiled.as_text())), compiled.cost_analysis()
+    assert counted.memory_bytes == analysis["bytes accessed"]
+    assert counted.matmul_flops == pytest.approx(analysis["flops"], rel=0.01)  # XLA counts elementwise work, too
+
+
 INSTRUCTIONS = """
 %sliced (p.0: f32[10,8,4], p.1: s32[], p.2: f32[8,4], p.3: f32[10,8,4]) -> (f32[8,4], f32[10,8,4]) {
   %p.0 = f32[10,8,4]{2,1,0} parameter(0)
