@@ -31,7 +31,12 @@ split over. Which tokens are dropped differs: theirs are arbitrary ones, ours th
     moejax train --config=configs/moe_in_mamba.py:conv_gate,all --workdir=runs/conv_gate_all
 """
 
+import pathlib
+import runpy
+
 from moejax import config
+
+_MAIN = runpy.run_path(str(pathlib.Path(__file__).with_name("moe_mamba.py")))  # the same recipe
 
 
 def get_config(mode: str = "gate") -> config.Config:
@@ -39,40 +44,14 @@ def get_config(mode: str = "gate") -> config.Config:
     names, _, blocks = mode.partition(",")
     if blocks not in ("", "all"):
         raise ValueError(f"{mode} is not known; write {names} for every other block, or {names},all")
-    c = config.Config()
+    c = _MAIN["get_config"]("moe_mamba_25m")
     c.model.mamba.moe_projections = tuple(names.split("_"))
     c.model.period, num_experts = (("mamba_moe",), 24) if blocks else (("mamba", "mamba_moe"), 48)
     c.model.num_periods = 16 // len(c.model.period)
-    c.model.d_model = 512
-    c.model.vocab_size = config.GPT2_VOCAB_SIZE
-    c.model.norm = "layernorm"
-    c.model.final_norm = False
-    c.model.tie_embeddings = False
-    c.model.init = "moe_mamba"
-    c.model.rescale_out_proj = False
-    c.model.remat = "period"
-    c.model.compute_dtype = "bfloat16"
-    c.model.moe.router = "switch"
-    c.model.moe.jitter = 0.0
     c.model.moe.num_experts = num_experts // len(c.model.mamba.moe_projections)
     c.model.moe.d_expert = 352
-    c.model.moe.capacity_factor = c.model.moe.eval_capacity_factor = 1.0
     c.model.moe.group_size = 32 * 1024
-    c.data.source = "tfds:c4/en:3.1.0"
-    c.data.tokenizer = "gpt2"
-    c.data.packing = "sample"
-    c.data.isolate_documents = False
-    c.data.seq_length = 1024
-    c.data.batch_size = 64
-    c.optimizer.learning_rate = 5e-4
     c.optimizer.warmup_steps = 150
-    c.optimizer.beta2 = 0.999
-    c.optimizer.weight_decay = 0.1
-    c.optimizer.decay = "all"
-    c.optimizer.clip_norm = 0.5
     c.training.num_steps = 15_000
     c.training.num_microbatches = 2
-    c.training.eval_every = 1000
-    c.training.eval_batches = 10
-    c.checkpoint.every = 500
     return c

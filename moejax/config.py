@@ -20,10 +20,14 @@ SOURCES = (*CORPORA, "files", "tfds", "prepared")
 TOKENIZERS = ("bpe", "bytes", "gpt2", "sentencepiece", "hf")
 
 
+# Devices of an axis up to which exchange=auto is ragged: above 32 it has crashed on TPUs (openxla/xla#47283).
+MAX_RAGGED = 32
+
 # Implementations of Mamba's scan, and the platform that each needs; "" = any
 SCANS = {"auto": "", "associative": "", "unrolled": "", "reference": "", "pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 SCAN_STATES = {"pallas_tpu": 128, "pallas_gpu": 64}  # states a channel that a kernel can hold on the chip
 ACTIVATIONS = ("relu", "gelu", "swiglu", "geglu")
+GROUPED_MATMULS = ("auto", "blocked", "ragged_dot")
 MOE_LOSSES = ("balance", "importance", "load", "z", "device", "communication", "sequence")
 
 
@@ -149,6 +153,10 @@ class MoeConfig:
     # papers are (`Router`), and where the capacity factor is 0 if that is faster (ops/dispatch_rules.py)
     dispatch: str = "auto"
     grouped_matmul: str = "auto"  # dispatch=dropless: blocked, ragged_dot, auto: the faster as measured
+    # dispatch=dropless, where mesh.expert splits experts: ragged (a choice is sent once; TPU, GPU), gather (every token
+    # to all devices of the axis); auto: what sends less, and gather beyond MAX_RAGGED devices
+    exchange: str = "auto"
+    num_chunks: int = 1  # dispatch=capacity, there too: parts of the slots, one of which travels beside another's work
     expert_dropout: float = 0.0  # of hidden units of the routed experts, in training (Switch: 0.4 in fine-tuning)
     jitter: float = 0.01  # router=switch: its input is multiplied by uniform [1 - j, 1 + j] in training (Mesh-TF)
     second_threshold: float = 0.2  # router=gshard: in training the second is used with probability gate / threshold
@@ -175,6 +183,16 @@ class MoeConfig:
     def num_choices(self) -> int:
         """K of this router: top_k, or its own where that is 0. relu, soft and expert_choice may use every expert."""
         return self.top_k or ROUTERS[self.router].top_k
+
+    def is_dropless(self, factor: float, full_capacity: float) -> bool:
+        """Whether tokens are sorted by expert at this capacity factor; else every expert has slots of its own.
+
+        full_capacity: of `ops.dispatch_rules`, for dispatch=auto where nothing may be dropped.
+        """
+        router = ROUTERS[self.router]
+        if self.dispatch != "auto" or not router.sparse or self.router == "expert_choice":
+            return self.dispatch == "dropless"
+        return router.dropless or (factor == 0 and self.num_experts > full_capacity * self.num_choices)
 
     def slot_order(self, train: bool) -> str:
         """capacity_order, resolved. Evaluation does not look ahead unless told to."""
@@ -299,7 +317,7 @@ class CheckpointConfig:
 
 @_config
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1 for the rest."""
+    """Devices along each mesh axis; one of them may be -1 for the rest. TPU slices are parts of `data`."""
 
     data: int = -1  # rows are split over data, fsdp and expert
     fsdp: int = 1  # parameters are split over it and gathered where they are used
@@ -307,6 +325,7 @@ class MeshConfig:
     # the positions of a row are split over it, and gathered by MoE layers to route; must divide data.seq_length
     sequence: int = 1
     tensor: int = 1  # hidden widths are split over it
+    split_physical_axes: bool = False  # TPU: whether an axis may take part of an axis of chips
 
 
 @_config

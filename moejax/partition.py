@@ -5,13 +5,16 @@ arrays ("BLI"); only this file knows the mesh axes behind those names.
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moejax import config as config_lib
@@ -29,8 +32,11 @@ DIMS = {"B": BATCH_AXES, "L": "sequence", "I": "tensor", "H": "tensor"}
 def make_mesh(config: config_lib.MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """The mesh over the devices (None: all); an axis of -1 takes the devices that the others leave.
 
+    On TPUs the axes are laid along the links between chips, and `data` crosses the network between slices.
+
     Raises:
-      ConfigError: the axes do not multiply to the number of devices.
+      ConfigError: the axes do not multiply to the number of devices, do not divide over the slices, or are no products
+        of the chips along the axes of a slice.
     """
     sizes = {axis: getattr(config, axis) for axis in AXES}
     devices = devices or jax.devices()
@@ -45,7 +51,55 @@ def make_mesh(config: config_lib.MeshConfig, devices: list[Any] | None = None) -
             f"{shape} does not multiply to the {num_devices} device{'s' * (num_devices != 1)} here; "
             f"set one axis to -1 for the rest and the others to divisors of {num_devices}"
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(_lay(sizes, devices, config.split_physical_axes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _lay(sizes: dict[str, int], devices: list[Any], split: bool) -> np.ndarray:
+    """The devices in an array of these sizes, neighbours along the last axes near to one another."""
+    num_slices = count_slices(devices)
+    if sizes["data"] % num_slices:
+        raise config_lib.ConfigError(
+            f"mesh.data={sizes['data']} does not divide over {num_slices} slices, and data is what crosses the network "
+            f"between them; set mesh.data to a multiple of {num_slices}"
+        )
+    within = sizes | {"data": sizes["data"] // num_slices}
+    shape, how = tuple(within.values()), {"allow_split_physical_axes": split}
+    try:
+        if num_slices == 1:
+            return mesh_utils.create_device_mesh(shape, devices, **how)
+        return mesh_utils.create_hybrid_device_mesh(shape, (num_slices, 1, 1, 1, 1), devices, **how)
+    except NotImplementedError:
+        bounds = np.max([device.coords for device in devices], axis=0) + 1
+        chips = [int(size) for size in bounds if size > 1]
+        fitting = sorted({math.prod(some) for n in range(len(chips) + 1) for some in itertools.combinations(chips, n)})
+        wanted = ", ".join(f"mesh.{axis}={size}" for axis, size in within.items() if size > 1)
+        raise config_lib.ConfigError(
+            f"{wanted} in a slice of {' x '.join(map(str, chips))} chips: each axis must take whole axes of chips, "
+            f"{', '.join(map(str, fitting[:-1]))} or {fitting[-1]} of them; change the sizes, or set "
+            "mesh.split_physical_axes=True, which lays an axis over part of one"
+        ) from None
+
+
+def count_slices(devices: list[Any]) -> int:
+    """TPU slices, between which there is only the data-centre network; 1 on other platforms."""
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", None) or 0 for device in devices})
+
+
+def describe(mesh: Mesh) -> str:
+    """One line: the axes with several devices, and what each of them splits."""
+    devices = list(mesh.devices.flat)
+    splits = {axis: [name for name, rule in RULES.items() if rule == axis] for axis in AXES}
+    parts = []
+    for axis, size in mesh.shape.items():
+        if size > 1:
+            what = ["rows"] * (axis in BATCH_AXES) + ["positions"] * (axis == DIMS["L"])
+            parts.append(f"{axis}={size} ({', '.join(what + splits[axis])})")
+    hosts, slices = len({device.process_index for device in devices}), count_slices(devices)
+    where = f"{len(devices)} device{'s' * (len(devices) > 1)} ({devices[0].platform})"
+    where += f" of {hosts} hosts" * (hosts > 1) + f" in {slices} slices, over which data is split" * (slices > 1)
+    return f"mesh: {' x '.join(parts)} on {where}" if parts else f"mesh: {where}"
 
 
 def num_batch_shards(mesh: Mesh) -> int:
@@ -87,9 +141,19 @@ def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
             )
 
 
-def check_scan(config: config_lib.Config, mesh: Mesh) -> None:
-    """Raises ConfigError if model.mamba.scan names an implementation for another platform than the mesh's."""
-    name, here = config.model.mamba.scan, mesh.devices.flat[0].platform
+def check_platform(config: config_lib.Config, mesh: Mesh) -> None:
+    """Raises ConfigError if the config names an implementation for another platform than the mesh's."""
+    here = mesh.devices.flat[0].platform
+    if (
+        config.model.has_experts
+        and config.model.moe.exchange == "ragged"
+        and here == "cpu"
+        and mesh.shape["expert"] > 1
+    ):
+        raise config_lib.ConfigError(
+            "model.moe.exchange=ragged needs a TPU or GPU, and this is cpu; set it to gather or auto"
+        )
+    name = config.model.mamba.scan
     needed = config_lib.SCANS[name]
     uses = config.model.uses("mamba") or config.model.uses("mamba_moe")
     if uses and needed not in ("", here):
@@ -106,8 +170,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def _spec(dims: str) -> PartitionSpec:
-    """Of an array whose name ends in these letters."""
-    return PartitionSpec(*(DIMS.get(dim) for dim in dims))
+    """Of an array by the letters of its dims, of a parameter by its logical axes, commas between; "." splits none."""
+    if "," in dims:
+        return PartitionSpec(*map(RULES.get, dims.split(",")))
+    return PartitionSpec() if dims == "." else PartitionSpec(*map(DIMS.get, dims))
 
 
 def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,14 +195,38 @@ def num_parts(axis: str) -> int:
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
+def constrain(x: Array, dims: str) -> Array:
+    """The array, laid out by its dims ("BLD", see `DIMS`) on the mesh that the code at hand is traced on, if any.
+
+    Without it XLA lays activations out as it sees fit, for one like the parameters that they come from, and whole
+    batches travel between devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
+        return x
+    return jax.lax.with_sharding_constraint(x, _spec(dims))
+
+
+def platform() -> str:
+    """Of the mesh that the code at hand is traced on, which need not be here; without one, the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def on_shards(function: Callable[..., Any], inputs: str, outputs: str) -> Callable[..., Any]:
     """`function` run by every device of the mesh on its own parts, with collectives of its own: a `jax.shard_map`.
 
+    On one device, on no mesh, and inside another such function, it is the function itself.
+
     Args:
       function: of arrays; it sees those parts of them that `DIMS` gives to a device.
-      inputs: the dims of each argument, as "BLI IN"; an argument may be None.
+      inputs: the first dims of each argument, as "BLI IN", or the logical axes of a parameter, as "expert,embed,ffn";
+        "." for all of it. An argument may be a tree of arrays with these dims, or None.
       outputs: those of each result. A result whose dims leave out an axis must be the same along it.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size == 1 or mesh.empty or AxisType.Manual in mesh.axis_types:
+        return function
     in_specs, out_specs = tuple(map(_spec, inputs.split())), tuple(map(_spec, outputs.split()))
     # With check_vma every zero that starts a loop inside would have to be declared as different on every device.
     return jax.shard_map(
@@ -144,24 +234,57 @@ def on_shards(function: Callable[..., Any], inputs: str, outputs: str) -> Callab
     )
 
 
-def reader(mesh: Mesh, process: int) -> tuple[int, int]:
-    """(i, n): the process reads the i-th of n equal parts of a batch's rows, all that its devices need.
+def index(axis: str) -> Array | int:
+    """Of the device along an axis; this and the next are for functions that run `on_shards`."""
+    return jax.lax.axis_index(axis) if num_parts(axis) > 1 else 0
 
-    Processes between which rows are split, over `sequence`, or copied, over `tensor`, read the same part.
 
-    Raises:
-      ConfigError: the devices of the processes do not need equal parts.
+def gathered(x: Array, axis: str, dim: int) -> Array:
+    """The parts of all devices along the axis one after another. Its transpose is `scattered`."""
+    return x if num_parts(axis) == 1 else jax.lax.all_gather(x, axis, axis=dim, tiled=True)
+
+
+def scattered(x: Array, axis: str, dim: int) -> Array:
+    """This device's part of the sum over the devices along the axis."""
+    return x if num_parts(axis) == 1 else jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+
+
+def summed(x: Any, *axes: str) -> Any:
+    """The sum over the devices along the axes."""
+    axes = tuple(axis for axis in axes if num_parts(axis) > 1)
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def part(x: Array, axis: str, dim: int) -> Array:
+    """This device's part of an array that all devices along the axis have whole."""
+    size = x.shape[dim] // num_parts(axis)
+    return x if size == x.shape[dim] else jax.lax.dynamic_slice_in_dim(x, index(axis) * size, size, dim)
+
+
+def parts_of_batch(mesh: Mesh, process: int) -> tuple[int, ...]:
+    """Which of the `num_batch_shards` equal parts of a batch's rows the devices of a process need.
+
+    They need not be neighbours: a host of a TPU pod has a block of chips. Processes between which rows are split, over
+    `sequence`, or copied, over `tensor`, need the same.
     """
     owners = np.array([device.process_index for device in mesh.devices.flat]).reshape(num_batch_shards(mesh), -1)
-    needs = {int(owner): tuple(np.flatnonzero((owners == owner).any(axis=1))) for owner in np.unique(owners)}
-    parts = sorted(set(needs.values()))
-    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) > len(owners):
-        shape = " x ".join(f"mesh.{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
-        raise config_lib.ConfigError(
-            f"{shape} gives the {len(needs)} hosts unequal parts of a batch's rows; set mesh.sequence x mesh.tensor to "
-            "a divisor or a multiple of the devices of a host"
-        )
-    return parts.index(needs[process]), len(parts)
+    return tuple(np.flatnonzero((owners == process).any(axis=1)).tolist())
+
+
+def place_batch(mesh: Mesh, parts: Sequence[int], rows: Any) -> Any:
+    """The batch on the mesh, of which this process has these parts, one after another: a tree of arrays [B, L]."""
+    places = batch_sharding(mesh)
+
+    def place(rows_BL: np.ndarray) -> Array:
+        size = len(rows_BL) // len(parts)
+
+        def of_device(index: Any) -> np.ndarray:
+            first = parts.index((index[0].start or 0) // size) * size
+            return rows_BL[first : first + size, index[1]]
+
+        return jax.make_array_from_callback((size * num_batch_shards(mesh), rows_BL.shape[1]), places, of_device)
+
+    return jax.tree.map(place, rows)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax import config, partition
-from moejax.analysis.collectives import collectives
+from moejax.analysis import collectives, program
 from moejax.layers import block
 
 ROWS = 2
@@ -52,8 +52,8 @@ def main() -> None:
             for name, function in (("ours", partition.on_mesh(mesh, step)), ("XLA alone", step)):
                 compiled = jax.jit(function).lower(layer, x_BLD, ids_BL).compile()
                 sent = collections.Counter()
-                for operation, num_bytes in collectives(compiled.as_text() or ""):
-                    sent[operation] += num_bytes
+                for one in collectives.collectives(program.parse(compiled.as_text() or ""), mesh):
+                    sent[one.kind] += one.result_bytes
                 memory = compiled.memory_analysis()
                 assert memory is not None
                 figures = (*(sent[operation] for operation in OPERATIONS), memory.temp_size_in_bytes)

@@ -11,6 +11,7 @@ from flax import nnx
 
 from moejax import config as config_lib
 from moejax import rules
+from moejax.analysis import params
 from moejax.models import lm
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "configs"
@@ -61,3 +62,24 @@ def test_every_file_has_a_config_and_a_lab_book():
     for path in FOLDER.rglob("*.py"):
         assert str(path.relative_to(FOLDER)) in found
         assert load(path).__doc__
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active", "tokens"),
+    [
+        ("moe_mamba_25m", 542_228_480, 26_329_088, 150_000 * 64 * 1024),
+        ("moe_mamba_100m", 2_439_069_696, 117_522_432, 30_000 * 1024 * 1024),
+    ],
+)
+def test_moe_mambas_main_models_have_the_parameters_and_tokens_of_its_tables(name, total, active, tokens):
+    """arXiv 2401.04081, Tables 1 and 6: without embedding and head, the router among the active ones."""
+    c = load(FOLDER / "moe_mamba.py").get_config(name)
+    rules.validate(c)
+    counts = params.count(c.model)
+    assert (counts["non_embedding_total"], counts["non_embedding_active"]) == (total, active)
+    assert c.training.num_steps * c.data.batch_size * c.data.seq_length == tokens
+
+
+def test_a_main_model_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="write moe_mamba_25m or moe_mamba_100m"):
+        load(FOLDER / "moe_mamba.py").get_config("moe_mamba_1b")

@@ -47,6 +47,62 @@ def test_a_mesh_over_some_of_the_devices():
     assert list(mesh.devices.flat) == jax.devices()[:2]
 
 
+class Chip:
+    """A TPU chip as a topology describes it."""
+
+    platform, device_kind, core_on_chip, process_index = "tpu", "TPU v5 lite", 0, 0
+
+    def __init__(self, number, coords, slice_index=0):
+        self.id, self.coords, self.slice_index = number, list(coords), slice_index
+
+
+def slices(*shape, num_slices=1):
+    coords = [tuple(reversed(place)) for place in np.ndindex(*reversed(shape))]
+    return [Chip(n, place, part) for part in range(num_slices) for n, place in enumerate(coords, part * len(coords))]
+
+
+def test_on_tpus_an_axis_lies_along_axes_of_chips():
+    mesh = partition.make_mesh(config_lib.MeshConfig(data=-1, expert=4), slices(4, 4, 1))
+    for ring in mesh.devices.reshape(4, 4):  # of one expert axis: chips in a line
+        places = np.array([chip.coords for chip in ring])
+        assert sorted(np.ptp(places, axis=0).tolist()) == [0, 0, 3]
+
+
+def test_data_and_nothing_else_crosses_between_slices():
+    devices = slices(2, 4, 1, num_slices=2)
+    mesh = partition.make_mesh(config_lib.MeshConfig(data=4, expert=4), devices)
+    part_of = np.vectorize(lambda chip: chip.slice_index)(mesh.devices.reshape(4, 4))
+    np.testing.assert_array_equal(part_of, [[0] * 4] * 2 + [[1] * 4] * 2)
+    assert partition.describe(mesh) == (
+        "mesh: data=4 (rows) x expert=4 (rows, expert) on 16 devices (tpu) in 2 slices, over which data is split"
+    )
+    error = error_of(lambda: partition.make_mesh(config_lib.MeshConfig(data=1, expert=16), devices))
+    assert error == (
+        "mesh.data=1 does not divide over 2 slices, and data is what crosses the network between them; "
+        "set mesh.data to a multiple of 2"
+    )
+
+
+def test_axes_that_chips_cannot_make_are_refused_with_those_that_they_can():
+    config = config_lib.MeshConfig(data=8, expert=8)
+    error = error_of(lambda: partition.make_mesh(config, slices(4, 4, 4)))
+    assert error == (
+        "mesh.data=8, mesh.expert=8 in a slice of 4 x 4 x 4 chips: each axis must take whole axes of chips, 1, 4, 16 "
+        "or 64 of them; change the sizes, or set mesh.split_physical_axes=True, which lays an axis over part of one"
+    )
+    config.split_physical_axes = True
+    assert dict(partition.make_mesh(config, slices(4, 4, 4)).shape)["expert"] == 8
+
+
+def test_the_mesh_is_told_in_a_line():
+    mesh = mesh_of(data=2, fsdp=2, sequence=2)
+    assert partition.describe(mesh) == (
+        "mesh: data=2 (rows) x fsdp=2 (rows, embed) x sequence=2 (positions) on 8 devices (cpu)"
+    )
+    one = partition.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
+    assert partition.describe(one) == "mesh: 1 device (cpu)"
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
@@ -136,7 +192,7 @@ def test_a_batch_is_split_by_rows_and_by_positions():
 
 
 class Host:
-    """A device of a machine, as far as `reader` looks."""
+    """A device of a machine, as far as `parts_of_batch` looks."""
 
     def __init__(self, process_index):
         self.process_index = process_index
@@ -153,24 +209,37 @@ class HostMesh:
 @pytest.mark.parametrize(
     ("shape", "a_machine", "parts"),
     [
-        ((8, 1, 1, 1, 1), 4, [(0, 2), (1, 2)]),
-        ((2, 1, 2, 1, 2), 2, [(0, 4), (1, 4), (2, 4), (3, 4)]),
-        ((2, 1, 1, 4, 1), 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # two machines have half a row each
-        ((2, 1, 1, 2, 2), 1, [(0, 2)] * 4 + [(1, 2)] * 4),
-        ((1, 1, 1, 8, 1), 2, [(0, 1)] * 4),
+        ((8, 1, 1, 1, 1), 4, [(0, 1, 2, 3), (4, 5, 6, 7)]),
+        ((2, 1, 2, 1, 2), 2, [(0,), (1,), (2,), (3,)]),
+        ((2, 1, 1, 4, 1), 2, [(0,), (0,), (1,), (1,)]),  # two machines have half a row each
+        ((2, 1, 1, 2, 2), 1, [(0,)] * 4 + [(1,)] * 4),
+        ((1, 1, 1, 8, 1), 2, [(0,)] * 4),
+        ((4, 1, 1, 3, 1), 4, [(0, 1), (1, 2), (2, 3)]),
     ],
 )
-def test_machines_that_share_rows_read_the_same_part_of_a_batch(shape, a_machine, parts):
+def test_machines_read_the_parts_of_a_batch_that_their_devices_need(shape, a_machine, parts):
     mesh = HostMesh(*shape, a_machine=a_machine)
-    assert [partition.reader(mesh, process) for process in range(len(parts))] == parts
+    assert [partition.parts_of_batch(mesh, process) for process in range(len(parts))] == parts
 
 
-def test_machines_whose_devices_need_unequal_parts_are_refused():
-    message = error_of(lambda: partition.reader(HostMesh(4, 1, 1, 3, 1, a_machine=4), 0))
-    assert message == (
-        "mesh.data=4 x mesh.sequence=3 gives the 3 hosts unequal parts of a batch's rows; set mesh.sequence x "
-        "mesh.tensor to a divisor or a multiple of the devices of a host"
-    )
+def test_a_host_with_a_block_of_chips_needs_parts_that_are_no_neighbours():
+    chips = slices(4, 4, 1)
+    for chip in chips:
+        chip.process_index = chip.coords[0] // 2 + 2 * (chip.coords[1] // 2)
+    mesh = partition.make_mesh(config_lib.MeshConfig(data=1, fsdp=-1), chips)
+    parts = [partition.parts_of_batch(mesh, process) for process in range(4)]
+    assert sorted(sum(parts, ())) == list(range(16))
+    assert any(part != tuple(range(part[0], part[0] + 4)) for part in parts)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 4, "sequence": 2}, {"data": 2, "expert": 2, "tensor": 2}])
+def test_rows_lie_where_they_do_in_the_whole_batch_whatever_parts_they_come_in(sizes):
+    mesh, whole = mesh_of(**sizes), np.arange(32).reshape(8, 4)
+    for parts in ((0, 1, 2, 3), (2, 0, 3, 1)):
+        rows = np.concatenate([whole[2 * part : 2 * part + 2] for part in parts])
+        placed = partition.place_batch(mesh, parts, {"x": rows})["x"]
+        np.testing.assert_array_equal(placed, whole)
+        assert placed.sharding == partition.batch_sharding(mesh)
 
 
 # --- parameters ----------------------------------------------------------------------------------------------------
@@ -255,7 +324,6 @@ TOKENS = np.random.default_rng(0).integers(0, 12, size=(8, 9)).astype(np.int32)
 SEGMENTS = np.random.default_rng(1).integers(1, 3, size=(8, 8)).cumsum(axis=1).astype(np.int32) // 3 + 1
 
 
-@jax.jit
 def loss_and_gradient(model, tokens, segments):
     """(cross-entropy + balance loss, statistics), gradient."""
 
@@ -271,7 +339,7 @@ def loss_and_gradient(model, tokens, segments):
 @pytest.fixture(scope="module")
 def one_device(fill):
     model = fill(lambda: make_model(prefix=()))
-    return model, loss_and_gradient(model, TOKENS, SEGMENTS)
+    return model, jax.jit(loss_and_gradient)(model, TOKENS, SEGMENTS)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: " ".join(f"{axis}={size}" for axis, size in sizes.items()))
@@ -287,7 +355,9 @@ def test_loss_drops_and_gradients_are_those_of_one_device(sizes, one_device):
     experts_here, rows_here, columns_here = up.addressable_shards[0].data.shape[1:]
     shares = [4 // experts_here, 8 // rows_here, 8 // columns_here]
     assert shares == [mesh.shape[axis] for axis in ("expert", "fsdp", "tensor")]
-    (sharded_loss, sharded_aux), sharded_gradient = loss_and_gradient(placed, *batch)
+    program = jax.jit(partition.on_mesh(mesh, loss_and_gradient))
+    assert "shard_map" in str(program.trace(placed, *batch).jaxpr)
+    (sharded_loss, sharded_aux), sharded_gradient = program(placed, *batch)
     assert aux.dropped.sum() > 0
     np.testing.assert_array_equal(sharded_aux.dropped, aux.dropped)
     np.testing.assert_array_equal(sharded_aux.count_E, aux.count_E)

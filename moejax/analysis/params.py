@@ -28,12 +28,12 @@ def count(config: config_lib.ModelConfig) -> dict[str, Any]:
     for path, variable in variables:
         if not isinstance(variable, nnx.Param):
             continue  # what a router keeps beside its weights
-        component, size = _component(model, path), math.prod(variable.shape)
+        name, size = component(model, path), math.prod(variable.shape)
         active = size
-        if component == "experts" and config_lib.ROUTERS[config.moe.router].sparse:
+        if name == "experts" and config_lib.ROUTERS[config.moe.router].sparse:
             active = size // config.moe.num_experts * config.moe.num_choices
-        components[component]["total"] += size
-        components[component]["active"] += active
+        components[name]["total"] += size
+        components[name]["active"] += active
     outer = ("embedding", "head")
     return {
         "total": sum(entry["total"] for entry in components.values()),
@@ -44,8 +44,11 @@ def count(config: config_lib.ModelConfig) -> dict[str, Any]:
     }
 
 
-def _component(model: nnx.Module, path: tuple[Any, ...]) -> str:
-    """Walks from the model to the parameter; the module that holds it says what it is."""
+def component(model: nnx.Module, path: tuple[Any, ...]) -> str:
+    """Which of COMPONENTS a parameter belongs to: the module that holds it says.
+
+    path: of `jax.tree_util.tree_leaves_with_path`, with variables as leaves.
+    """
     node: Any = model
     shared: bool = False  # inside a MoE layer's shared experts
     for entry in path[:-1]:

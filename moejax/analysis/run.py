@@ -43,7 +43,7 @@ def load(workdir: pathlib.Path) -> Run:
         raise none
     mesh = partition.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
     try:
-        partition.check_scan(config, mesh)
+        partition.check_platform(config, mesh)
     except config_lib.ConfigError as error:  # the scans differ in speed alone
         print(f"moejax: {error.args[0].split(';')[0]}; model.mamba.scan=auto is used", file=sys.stderr)
         config.model.mamba.scan = "auto"

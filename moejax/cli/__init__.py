@@ -6,10 +6,12 @@ Results go to standard output, everything else to standard error.
 
 import os
 import sys
+import traceback
 
 from moejax import config as config_lib
 from moejax.cli import arguments as arguments_lib
 from moejax.cli.overrides import read_config
+from moejax.training import processes
 
 __all__ = ["main", "read_config", "run"]
 
@@ -17,7 +19,13 @@ __all__ = ["main", "read_config", "run"]
 def main(argv: list[str] | None = None) -> None:
     """Runs a subcommand and exits."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax is imported, which reads it
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    try:
+        status = run(sys.argv[1:] if argv is None else argv)
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    processes.leave(status)
+    sys.exit(status)
 
 
 def run(argv: list[str]) -> int:

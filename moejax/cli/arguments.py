@@ -52,6 +52,21 @@ def build() -> argparse.ArgumentParser:
     )
     takes_config(sub)
     takes_workdir(sub)
+    several = sub.add_argument_group(
+        "several processes",
+        "found by themselves on TPU pods, GKE, SLURM and Open MPI; elsewhere every process is started with all three. "
+        "All see one --workdir, on a shared disk",
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="process 0's host, and a free port of it")
+    several.add_argument("--num_processes", type=int, metavar="N", help="1 trains alone, whatever the cluster")
+    several.add_argument("--process_id", type=int, metavar="I", help="this one's number, from 0")
+    several.add_argument(
+        "--start_timeout",
+        type=float,
+        default=300,
+        metavar="SECONDS",
+        help="wait so long for all to come, then say who is missing (default 300)",
+    )
 
     sub = command("eval", commands_lib.evaluate, "moejax eval --workdir=runs/a")
     takes_workdir(sub)
@@ -88,6 +103,35 @@ def build() -> argparse.ArgumentParser:
         "params", commands_lib.params, "moejax params --config=configs/quickstart.py --config.model.moe.num_experts=64"
     )
     takes_config(sub)
+    writes_json(sub)
+
+    sub = command("verify", commands_lib.verify, "moejax verify --config=configs/quickstart.py --config.mesh.expert=4")
+    takes_config(sub)
+    sub.add_argument("--devices", type=int, default=8, metavar="N", help="virtual devices (default 8)")
+    writes_json(sub)
+
+    sub = command(
+        "plan",
+        commands_lib.plan,
+        "moejax plan --config=configs/moe_mamba.py:moe_mamba_100m --topology=v5p:4x4x4",
+    )
+    takes_config(sub)
+    sub.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="a TPU slice, e.g. v5p:4x4x4 or v5e:16x16")
+    sub.add_argument("--slices", type=int, default=1, help="so many of them, joined by the slow network (default 1)")
+    sub.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE,VALUE",
+        help="a row for each value, e.g. model.moe.num_experts=8,32,128; several: all combinations",
+    )
+    sub.add_argument(
+        "--search_batch",
+        type=int,
+        default=0,
+        metavar="PROBES",
+        help="search the largest batch that fits with at most so many more compilations (default 0: none)",
+    )
     writes_json(sub)
 
     sub = command("report", commands_lib.report, "moejax report runs/a runs/b")

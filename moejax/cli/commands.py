@@ -11,18 +11,23 @@ import platform
 import sys
 
 from moejax import config as config_lib
-from moejax.cli.overrides import read_config
+from moejax.cli.overrides import overridden, read_config, variations
+from moejax.training import peers, processes
 
 
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Trains, or resumes what is in the workdir."""
     config = read_config(arguments.config, overrides)
+    if arguments.start_timeout <= 0:
+        raise config_lib.ConfigError(f"--start_timeout={arguments.start_timeout:g} must be above 0 seconds; change it")
+    place = processes.find(arguments.coordinator, arguments.num_processes, arguments.process_id)
     from moejax.training import trainer
 
     keep_compiled_programs()
     try:
-        trainer.train(config, arguments.workdir)
-    except trainer.TrainingError as error:
+        with processes.joined(place, config, start_timeout=arguments.start_timeout):
+            trainer.train(config, arguments.workdir)
+    except (trainer.TrainingError, peers.PeerError) as error:
         print(f"moejax: {error}", file=sys.stderr)
         return 1
     return 0
@@ -76,6 +81,77 @@ def params(arguments: argparse.Namespace, overrides: list[str]) -> int:
     counts = params_lib.count(config.model)
     print(json.dumps(counts) if arguments.json else params_lib.table(counts))
     return 0
+
+
+def verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Compares the loss and gradients of a small version of a model on meshes, microbatches and dispatchers."""
+    if arguments.devices < 1:
+        raise config_lib.ConfigError(f"--devices={arguments.devices} must be 1 or more; change it")
+    config = read_config(arguments.config, overrides)
+    from moejax.analysis import combinations, reduction, verify_table
+    from moejax.analysis import verify as verify_lib
+
+    named = overridden(overrides)
+    devices = verify_lib.cpu_devices(arguments.devices)
+    small = reduction.reduce(config, named, len(devices))
+    chosen = combinations.cover(small, named, len(devices))
+    reduced = reduction.changes(config, small)
+    about = ", ".join(f"{path}={'+'.join(new) if isinstance(new, list) else new}" for path, new in reduced.items())
+    print(f"reduced to {about}; on {len(devices)} virtual CPU devices, in float32", file=sys.stderr)
+    print(f"runs {combinations.RULE.format(len(devices))}", file=sys.stderr)
+    verifier = verify_lib.Verifier(config, small, devices)
+    table, outcomes = verify_table.Table(small, verifier.groups, chosen), []
+    for outcome in verifier.run(chosen):
+        if not (arguments.json or outcome.skipped):
+            if all(earlier.skipped for earlier in outcomes):
+                print(table.header())
+            print(table.row(outcome), flush=True)
+        outcomes.append(outcome)
+    if all(outcome.skipped for outcome in outcomes):
+        raise config_lib.ConfigError(outcomes[0].skipped)
+    passed = not any(outcome.failures for outcome in outcomes)
+    if arguments.json:
+        rows = [verify_table.to_json(outcome) for outcome in outcomes]
+        about = {"passed": passed, "tolerance": verify_lib.TOLERANCE, "reduced": reduced}
+        print(json.dumps(about | {"combinations": rows}))
+    else:
+        print("\n".join(["", *verify_table.summary(outcomes, len(devices))]))
+    return 0 if passed else 1
+
+
+def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Compiles the training step for TPUs that are not here: what it would need, send, cost and take there."""
+    from moejax.analysis import topology
+
+    where = topology.parse(arguments.topology, arguments.slices)
+    if arguments.search_batch < 0:
+        raise config_lib.ConfigError(f"--search_batch={arguments.search_batch} must be 0 or more; change it")
+    rows = variations(arguments.vary)
+    configs = [
+        read_config(arguments.config, [*overrides, *(f"--config.{field}={value}" for field, value in row.items())])
+        for row in rows
+    ]
+    topology.prepare()
+    from moejax.analysis import plan as plan_lib
+    from moejax.analysis import plan_table
+
+    devices = topology.devices(where)
+    meshes = [plan_lib.mesh_of(config, devices) for config in configs]  # refuses before anything is compiled
+    plans = []
+    for config, mesh, row in zip(configs, meshes, rows, strict=True):
+        said = " ".join(f"{field}={value}" for field, value in row.items())
+        print(f"compiling for {mesh.size} devices of {where.name} {said}".rstrip(), file=sys.stderr, flush=True)
+        plans.append(plan_lib.make(config, where, mesh, probes=arguments.search_batch, say=_say))
+    if arguments.json:
+        values = [one.to_json() | ({"varied": row} if row else {}) for one, row in zip(plans, rows, strict=True)]
+        print(json.dumps(values if arguments.vary else values[0]))
+    else:
+        print(plan_table.grid(plans, rows) if arguments.vary else plan_table.page(plans[0]))
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def report(arguments: argparse.Namespace, _: list[str]) -> int:

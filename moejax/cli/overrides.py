@@ -1,7 +1,9 @@
 """The config of a command line: a file, and overrides of its fields."""
 
 import difflib
+import itertools
 import pathlib
+import re
 import typing
 from typing import Any
 
@@ -44,6 +46,32 @@ def read_config(file: str, overrides: list[str]) -> config_lib.Config:
         )
     rules.validate(config)
     return config
+
+
+def overridden(overrides: list[str]) -> frozenset[str]:
+    """The fields that the overrides set, by dotted path."""
+    options = (override.split("=")[0] for override in overrides if override.startswith("--config."))
+    return frozenset(option.removeprefix("--config.") for option in options)
+
+
+def variations(options: list[str]) -> list[dict[str, str]]:
+    """All combinations of the values of `FIELD=VALUE,VALUE` options, as field -> value; one empty one of no options.
+
+    Commas inside brackets belong to a value: model.period=('mamba','moe'),('mamba|moe',).
+
+    Raises:
+      ConfigError: an option without a field or a value, or two for a field.
+    """
+    values: dict[str, list[str]] = {}
+    for option in options:
+        field, _, text = option.partition("=")
+        parts = re.split(r",(?![^(]*\))", text)
+        if not field or not all(parts):
+            raise config_lib.ConfigError(f"--vary={option} lacks a value; write --vary=FIELD=VALUE,VALUE")
+        if field in values:
+            raise config_lib.ConfigError(f"--vary={option} comes after another of {field}; write one --vary a field")
+        values[field] = parts
+    return [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
 
 
 def _check_overrides(overrides: list[str]) -> None:

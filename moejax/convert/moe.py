@@ -167,7 +167,10 @@ def from_hf(
     single, fused = _places(theirs, config, per_expert=True), _places(theirs, config, per_expert=False)
     places = single if (single.keys() - fused.keys()) & tensors.keys() else fused
 
-    values = {path: _swap(np.zeros(variable.shape, np.float32)) for path, variable in _variables(layer).items()}
+    values = {
+        path: _merge(variable, np.zeros(variable.shape, np.float32)) for path, variable in _variables(layer).items()
+    }
+    values = {path: _swap(value) for path, value in values.items()}
     for name, (path, index) in places.items():
         part = values[path][index]
         part[...] = _tensor(tensors, name, part.shape)
@@ -177,7 +180,9 @@ def from_hf(
                 f"{name} has no place in a layer of {family} ({config.num_experts} experts); leave it out"
             )
     return jax.tree_util.tree_map_with_path(
-        lambda path, variable: variable.replace(jnp.array(_swap(values[_dotted(path)]))), layer, is_leaf=_is_variable
+        lambda path, variable: variable.replace(jnp.array(_swap(values[_dotted(path)])).reshape(variable.shape)),
+        layer,
+        is_leaf=_is_variable,
     )
 
 
@@ -199,7 +204,7 @@ def to_hf(family: str, layer: moe.Moe, *, per_expert: bool = False) -> dict[str,
         raise config_lib.ConfigError(
             "the layer is a stack of layers; pass one, jax.tree.map(lambda leaf: leaf[i], layers)"
         )
-    values = {path: _swap(np.asarray(variable[...])) for path, variable in _variables(layer).items()}
+    values = {path: _swap(_merge(variable, variable[...])) for path, variable in _variables(layer).items()}
     places = _places(_family(family), layer.config, per_expert=per_expert)
     return {name: np.array(values[path][index], order="C") for name, (path, index) in places.items()}
 
@@ -290,6 +295,12 @@ def _places(theirs: _Family, config: config_lib.MoeConfig, *, per_expert: bool) 
 
 def _half(number: int, width: int) -> slice:
     return slice(number * width, (number + 1) * width)
+
+
+def _merge(variable: nnx.Variable, value: Any) -> np.ndarray:
+    """The halves of a gated activation in one dim."""
+    x = np.asarray(value)
+    return x.reshape(*x.shape[:-2], -1) if "half" in variable.get_metadata()["axes"] else x
 
 
 def _swap(x: np.ndarray) -> np.ndarray:

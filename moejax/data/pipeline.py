@@ -312,28 +312,30 @@ def validation_packer(data: Data, config: config_lib.DataConfig) -> packing.Pack
 
 
 class TrainBatches(Sequence[Batch]):
-    """One host's part of every training batch; a Grain source. `batches[n]` is its part of batch n, for any n.
+    """Some of `num_parts` equal parts of every training batch; a Grain source. `batches[n]` is those of batch n, any n.
 
     The rows are read in epochs, each of them every row once in an order of its own; a batch may span two epochs.
     """
 
-    def __init__(self, data: Data, config: config_lib.DataConfig, host: int = 0, num_hosts: int = 1):
-        if config.batch_size % num_hosts:
+    def __init__(self, data: Data, config: config_lib.DataConfig, parts: Sequence[int] = (0,), num_parts: int = 1):
+        if config.batch_size % num_parts:
             raise config_lib.ConfigError(
-                f"data.batch_size={config.batch_size} does not divide over {num_hosts} hosts; "
-                f"set it to a multiple of {num_hosts}"
+                f"data.batch_size={config.batch_size} does not divide into {num_parts} parts; "
+                f"set it to a multiple of {num_parts}"
             )
         self._packer, self._objective, self._labels = data.train, data.objective, data.train_labels
         self._seed = config.seed
-        self._batch_size, self._host, self._part = config.batch_size, host, config.batch_size // num_hosts
+        size = config.batch_size // num_parts
+        self._batch_size = config.batch_size
+        self._places = [place for part in parts for place in range(part * size, (part + 1) * size)]
 
     def __len__(self) -> int:
         return sys.maxsize // self._batch_size
 
     def __getitem__(self, step: int) -> Batch:
-        first = step * self._batch_size + self._host * self._part
         rows = []
-        for index in range(first, first + self._part):  # one by one: labels are looked up while records are at hand
+        for place in self._places:  # one by one: labels are looked up while records are at hand
+            index = step * self._batch_size + place
             (streams,) = self._packer.read([self._row(index)])
             rows.append(self._objective.arrays(streams, index, self._labels))
         return packing.batch(rows)
@@ -355,14 +357,14 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 
 
 def train_batches(
-    data: Data, config: config_lib.DataConfig, start_step: int = 0, *, host: int = 0, num_hosts: int = 1
+    data: Data, config: config_lib.DataConfig, start_step: int = 0, *, parts: Sequence[int] = (0,), num_parts: int = 1
 ) -> grain.DatasetIterator[Batch]:
-    """One host's part of the training batches from batch `start_step` on, without end, whatever data.num_workers is.
+    """A host's parts of the training batches from batch `start_step` on, without end, whatever data.num_workers is.
 
-    The parts of hosts 0, 1, ... one after another are the batch that a single host would read. Call `close()` on the
+    Parts 0, 1, ... num_parts - 1 one after another are the batch that a single host would read. Call `close()` on the
     iterator to stop its workers at once; else they stop with the process.
     """
-    source = TrainBatches(data, config, host, num_hosts)
+    source = TrainBatches(data, config, parts, num_parts)
     dataset = grain.MapDataset.source(source)[start_step:].to_iter_dataset(_READ_OPTIONS)
     if config.num_workers:
         if not flags.FLAGS.is_parsed():  # Grain reads its own flags when it starts workers, from any program

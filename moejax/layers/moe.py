@@ -5,9 +5,10 @@ expert, S slots in all, F hidden.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,9 @@ from flax import nnx
 from jax import Array
 
 from moejax import config as config_lib
+from moejax import partition
 from moejax.layers import init, mlp, router
-from moejax.ops import balance, dispatch, dispatch_rules, experts, routing
+from moejax.ops import balance, dispatch_rules, expert_parallel, experts, routing
 
 
 class MoeAux(NamedTuple):
@@ -65,7 +67,8 @@ class Moe(nnx.Module):
         d_out = d_out or d_model
         c = self.config = dataclasses.replace(config)  # a copy: it is part of what jit keys its programs by
         self.dtype = dtype
-        columns = c.d_expert * experts.hidden_multiple(c.activation)
+        halves = (2,) if experts.hidden_multiple(c.activation) == 2 else ()  # so that `tensor` splits both alike
+        half_axes = ("half",) * len(halves)
         # MoE-Mamba's code counts the inputs of all experts as those of the second matrix
         fan_in = c.d_expert * (c.num_experts if scheme == "moe_mamba" else 1)
 
@@ -73,10 +76,16 @@ class Moe(nnx.Module):
             return init.weight(rngs.params(), shape, scheme=scheme, scale=init_scale, fan_in=fan_in)
 
         self.router = router.Router(d_model, c, vocab_size=vocab_size, scheme=scheme, init_scale=init_scale, rngs=rngs)
-        self.up = nnx.Param(weight(c.num_experts, d_model, columns), axes=("expert", "embed", "ffn"))
+        up_EDF = weight(c.num_experts, d_model, math.prod(halves) * c.d_expert)
+        up_EDHF = up_EDF.reshape(c.num_experts, d_model, *halves, c.d_expert)
+        self.up = nnx.Param(up_EDHF, axes=("expert", "embed", *half_axes, "ffn"))
         self.down = nnx.Param(weight(c.num_experts, c.d_expert, d_out, fan_in=fan_in), axes=("expert", "ffn", "embed"))
-        self.up_bias = nnx.Param(jnp.zeros((c.num_experts, columns)), axes=("expert", "ffn")) if c.bias else None
-        self.down_bias = nnx.Param(jnp.zeros((c.num_experts, d_out)), axes=("expert", "embed")) if c.bias else None
+        up_bias = down_bias = None
+        if c.bias:
+            zeros_EHF = jnp.zeros((c.num_experts, *halves, c.d_expert))
+            up_bias = nnx.Param(zeros_EHF, axes=("expert", *half_axes, "ffn"))
+            down_bias = nnx.Param(jnp.zeros((c.num_experts, d_out)), axes=("expert", "embed"))
+        self.up_bias, self.down_bias = up_bias, down_bias
         shared = None
         if c.num_shared_experts:
             shared = mlp.Mlp(
@@ -139,117 +148,142 @@ class Moe(nnx.Module):
 
     def is_dropless(self, factor: float) -> bool:
         """Whether tokens are sorted by expert; else every expert has slots for `capacity` tokens."""
-        c, rule = self.config, dispatch_rules.RULES.get(jax.default_backend(), dispatch_rules.RULES["gpu"])
-        if c.dispatch != "auto" or not config_lib.ROUTERS[c.router].sparse or c.router == "expert_choice":
-            return c.dispatch == "dropless"
-        never_drops = factor == 0 and c.num_experts > rule.full_capacity * c.num_choices
-        return config_lib.ROUTERS[c.router].dropless or never_drops
+        return self.config.is_dropless(factor, _rule().full_capacity)
 
     def _run(
         self, x_BLD: Array, tokens: router.Tokens, group_size: int, factor: float, train: bool
     ) -> tuple[Array, MoeAux]:
-        c, capacity = self.config, self.capacity(group_size, factor)
         if tokens.valid_BL.size % group_size:
             raise ValueError(f"group_size={group_size} does not divide the {tokens.valid_BL.size} tokens; change it")
         # padding may hold anything: a NaN times a gradient of 0 would reach the weights
         x_BLD = jnp.where(tokens.valid_BL[..., None], x_BLD, 0).astype(x_BLD.dtype)
-        x_ND = x_BLD.reshape(-1, x_BLD.shape[-1]).astype(self.dtype)
-        valid_GT = tokens.valid_BL.reshape(-1, group_size)
+        # On a mesh from here to the end of `_on_part` by hand: XLA would gather all tokens to choose and count.
+        run = partition.on_shards(
+            functools.partial(self._on_part, group_size, factor, train),
+            f"BLD BM BM BM B . {expert_parallel.AXES}",
+            "BLD . . . . . BM",
+        )
+        given = (tokens.valid_BL, tokens.ids_BL, tokens.labels_BL, tokens.keys_B)
+        y_BLD, *aux = run(x_BLD, *given, self.router, *self.weights)
+        if self.shared is not None:  # depends on nothing that travels, so that it can be computed meanwhile
+            y_BLD += self.shared(x_BLD.astype(self.dtype))
+        return y_BLD, MoeAux(*aux)
+
+    def _on_part(
+        self,
+        group_size: int,
+        factor: float,
+        train: bool,
+        x_BLD: Array,
+        valid_BM: Array,
+        ids_BM: Array | None,
+        labels_BM: Array | None,
+        keys_B: Array | None,
+        choose: router.Router,
+        *matrices: Any,
+    ) -> tuple[Any, ...]:
+        """y_BLD and the fields of MoeAux, from the rows of one device; M is L where `sequence` does not split them."""
+        c, weights, rows = self.config, expert_parallel.Weights(*matrices), valid_BM.shape
+        tokens = router.Tokens(valid_BL=valid_BM, ids_BL=ids_BM, labels_BL=labels_BM, keys_B=keys_B)
+        settings, valid_GT = self._settings(train and keys_B is not None), valid_BM.reshape(-1, group_size)
         logits_GTE, dropped = None, jnp.zeros((), jnp.int32)
         if c.router == "soft_moe":
-            y_ND, assignment_GT = self._mix(x_BLD, valid_GT)
+            y_BLD, assignment_GT = self._mix(choose, x_BLD, valid_GT, weights, settings)
         else:
-            assignment_GT, logits_GTE = self.router(
-                x_BLD, tokens, group_size=group_size, capacity=capacity, train=train
-            )
+            capacity = self.capacity(group_size, factor)
+            assignment_GT, logits_GTE = choose(x_BLD, tokens, group_size=group_size, capacity=capacity, train=train)
+            x_BLD = x_BLD.astype(self.dtype)
             if c.router == "soft":
-                gate_NE = assignment_GT.gate_TK.reshape(-1, c.num_experts)
-                y_ND = experts.weighted_ffn(x_ND, gate_NE, self.weights, activation=c.activation)
+                gate_BLE = partition.part(assignment_GT.gate_TK.reshape(*rows, c.num_experts), "sequence", 1)
+                y_BLD = expert_parallel.all_experts(x_BLD, gate_BLE, weights, settings)
             else:
-                drop = self._dropout(tokens, train)
-                y_ND, dropped = self._send(x_ND, assignment_GT, capacity, self.is_dropless(factor), train, drop)
-        if self.shared is not None:
-            y_ND += self.shared(x_ND)
-        aux = self._aux(assignment_GT, logits_GTE, tokens.valid_BL, valid_GT, dropped)
-        return y_ND.reshape(*x_BLD.shape[:-1], -1), aux
+                y_BLD, dropped = self._send(x_BLD, tokens, assignment_GT, group_size, factor, train, weights, settings)
+        return y_BLD, *self._aux(choose, assignment_GT, logits_GTE, valid_BM, valid_GT, dropped)
 
     @property
-    def weights(self) -> experts.Weights:
+    def weights(self) -> expert_parallel.Weights:
         """Of the routed experts."""
         biases = [None if bias is None else bias[...] for bias in (self.up_bias, self.down_bias)]
-        return experts.Weights(self.up[...], self.down[...], *biases)
+        up_EDHF, up_bias_EHF = self.up[...], biases[0]
+        if experts.hidden_multiple(self.config.activation) == 1:
+            up_EDHF = up_EDHF[:, :, None]
+            up_bias_EHF = None if up_bias_EHF is None else up_bias_EHF[:, None]
+        return expert_parallel.Weights(up_EDHF, self.down[...], up_bias_EHF, biases[1])
+
+    def _settings(self, has_noise: bool) -> expert_parallel.Settings:
+        c, parts = self.config, partition.num_parts("expert")
+        can_be_ragged = partition.platform() != "cpu" and c.num_choices < parts <= config_lib.MAX_RAGGED
+        return expert_parallel.Settings(
+            activation=c.activation,
+            dtype=self.dtype,
+            normalise=c.normalise_gates == "after",
+            drop_rate=c.expert_dropout if has_noise else 0.0,
+            grouped_matmul=_rule().grouped_matmul if c.grouped_matmul == "auto" else c.grouped_matmul,
+            exchange=("ragged" if can_be_ragged else "gather") if c.exchange == "auto" else c.exchange,
+            num_chunks=c.num_chunks,
+        )
 
     def _send(
         self,
-        x_ND: Array,
+        x_BLD: Array,
+        tokens: router.Tokens,
         assignment_GT: routing.Assignment,
-        capacity: int,
-        is_dropless: bool,
+        group_size: int,
+        factor: float,
         train: bool,
-        drop: "Dropout | None",
+        weights: expert_parallel.Weights,
+        settings: expert_parallel.Settings,
     ) -> tuple[Array, Array]:
-        """Tokens to their experts and back: (y_ND, how many choices were dropped)."""
-        c, expert_GTK = self.config, assignment_GT.expert_TK
-        num_choices = expert_GTK.shape[-1]
-        gate_NK = assignment_GT.gate_TK.reshape(-1, num_choices)
-        expert_NK = expert_GTK.reshape(-1, num_choices)
-        if not train and capacity >= len(x_ND) and expert_NK.size <= c.num_experts:  # a step of decoding
-            if c.normalise_gates == "after":
-                gate_NK /= gate_NK.sum(axis=-1, keepdims=True) + 1e-9
-            y_ND = experts.chosen_ffn(x_ND, expert_NK, gate_NK, self.weights, activation=c.activation)
-            return y_ND, jnp.zeros((), jnp.int32)
-        if is_dropless:
-            slots, count_E = dispatch.dropless_slots(expert_NK, num_experts=c.num_experts)
-        else:
-            slots = dispatch.capacity_slots(
-                expert_GTK,
-                num_experts=c.num_experts,
-                capacity=capacity,
-                order=c.slot_order(train),
-                priority_GT=assignment_GT.prob_TE.max(axis=-1),
-            )
-        kept_NK = dispatch.kept(slots)
-        if c.normalise_gates == "after":
-            gate_NK = jnp.where(kept_NK, gate_NK, 0.0)
-            gate_NK /= gate_NK.sum(axis=-1, keepdims=True) + 1e-9
-        x_SD = dispatch.dispatch(x_ND, slots)
-        hidden_drop = None if drop is None else drop.of_slots(slots)
-        if is_dropless:
-            rule = dispatch_rules.RULES.get(jax.default_backend(), dispatch_rules.RULES["gpu"])
-            y_SD = experts.dropless_ffn(
-                x_SD,
-                count_E,
-                self.weights,
-                activation=c.activation,
-                implementation=rule.grouped_matmul if c.grouped_matmul == "auto" else c.grouped_matmul,
-                drop=hidden_drop,
-            )
-        else:
-            y_SD = experts.capacity_ffn(x_SD, self.weights, activation=c.activation, drop=hidden_drop)
-        num_dropped = jnp.sum((expert_NK < c.num_experts) & ~kept_NK, dtype=jnp.int32)
-        return dispatch.combine(y_SD, gate_NK, slots), num_dropped
+        """Tokens to their experts and back: (y_BLD, how many choices were dropped)."""
+        c, none, rows = self.config, jnp.zeros((), jnp.int32), tokens.valid_BL.shape
+        expert_BMK, gate_BMK, prob_BME = (
+            x_GT.reshape(*rows, -1) for x_GT in (assignment_GT.expert_TK, assignment_GT.gate_TK, assignment_GT.prob_TE)
+        )
+        seed_BMKZ = _seeds(tokens.keys_B, expert_BMK.shape) if settings.drop_rate else None
+        choices_BM = expert_parallel.Choices(expert_BMK, gate_BMK, seed_BMKZ)
+        choices_BL = jax.tree.map(lambda x_BM: partition.part(x_BM, "sequence", 1), choices_BM)
+        capacity = self.capacity(group_size, factor)
+        never_drops = not train and capacity >= tokens.valid_BL.size
+        is_alone = math.prod(map(partition.num_parts, partition.AXES)) == 1
+        if never_drops and expert_BMK.size <= c.num_experts and is_alone:  # a step of decoding
+            return expert_parallel.few(x_BLD, choices_BL, weights, settings), none
+        if self.is_dropless(factor):
+            return expert_parallel.dropless(x_BLD, choices_BL, weights, settings), none
+        return expert_parallel.capacity(
+            x_BLD,
+            choices_BM,
+            weights,
+            settings,
+            group_size=group_size,
+            capacity=capacity,
+            order=c.slot_order(train),
+            priority_BM=prob_BME.max(axis=-1),
+        )
 
-    def _mix(self, x_BLD: Array, valid_GT: Array) -> tuple[Array, routing.Assignment]:
+    def _mix(
+        self,
+        choose: router.Router,
+        x_BLD: Array,
+        valid_GT: Array,
+        weights: expert_parallel.Weights,
+        settings: expert_parallel.Settings,
+    ) -> tuple[Array, routing.Assignment]:
         """Soft MoE: every slot a mixture of a group's tokens, every token a mixture of the slots' outputs."""
-        c = self.config
-        x_GTD = x_BLD.reshape(*valid_GT.shape, -1)
-        dispatch_GTES, combine_GTES = self.router.mixtures(x_GTD, valid_GT)
+        c, x_BMD = self.config, partition.gathered(x_BLD, "sequence", 1)
+        x_GTD = x_BMD.reshape(*valid_GT.shape, -1)
+        dispatch_GTES, combine_GTES = choose.mixtures(x_GTD, valid_GT)
         x_EGSD = jnp.einsum("gtes,gtd->egsd", dispatch_GTES.astype(self.dtype), x_GTD.astype(self.dtype))
-        y_SD = experts.capacity_ffn(x_EGSD.reshape(-1, x_EGSD.shape[-1]), self.weights, activation=c.activation)
-        y_GTD = jnp.einsum("gtes,egsd->gtd", combine_GTES.astype(self.dtype), y_SD.reshape(*x_EGSD.shape[:-1], -1))
+        y_ECD = expert_parallel.slots(x_EGSD.reshape(c.num_experts, -1, x_GTD.shape[-1]), weights, settings)
+        y_EGSD = y_ECD.reshape(*x_EGSD.shape[:-1], -1)
+        y_GTD = jnp.einsum("gtes,egsd->gtd", combine_GTES.astype(self.dtype), y_EGSD)
         share_GTE = combine_GTES.sum(axis=-1)
         every_GTE = jnp.broadcast_to(jnp.arange(c.num_experts), share_GTE.shape)
         assignment_GT = routing.Assignment(expert_TK=every_GTE, gate_TK=share_GTE, prob_TE=share_GTE)
-        return y_GTD.reshape(-1, y_GTD.shape[-1]), assignment_GT
-
-    def _dropout(self, tokens: router.Tokens, train: bool) -> "Dropout | None":
-        rate = self.config.expert_dropout
-        if not (train and rate and tokens.keys_B is not None):
-            return None
-        return Dropout(rate, tokens.keys_B, tokens.valid_BL.shape[1])
+        return partition.part(y_GTD.reshape(*x_BMD.shape[:2], -1), "sequence", 1), assignment_GT
 
     def _aux(
         self,
+        choose: router.Router,
         assignment_GT: routing.Assignment,
         logits_GTE: Array | None,
         valid_BL: Array,
@@ -260,8 +294,8 @@ class Moe(nnx.Module):
         by_group = {name: _loss(name, c) for name in c.loss_weights() if name != "sequence"}
         losses = {name: jax.vmap(loss)(assignment_GT, logits_GTE, valid_GT).mean() for name, loss in by_group.items()}
         if "relu" in losses:
-            assert self.router.state is not None
-            losses["relu"] *= jax.lax.stop_gradient(self.router.state[...])
+            assert choose.state is not None
+            losses["relu"] *= jax.lax.stop_gradient(choose.state[...])
         if "sequence" in c.loss_weights():
             assignment_BL = jax.tree.map(lambda x_GT: x_GT.reshape(*valid_BL.shape, *x_GT.shape[2:]), assignment_GT)
             if c.router == "sigmoid_bias":  # DeepSeek-V3's eq. 18 counts what affinities without the bias would choose
@@ -276,36 +310,33 @@ class Moe(nnx.Module):
             count_E = balance.count_choices(expert_NK, c.num_experts)
         else:
             count_E = jnp.where(valid_BL.reshape(-1, 1), gate_NK, 0.0).sum(axis=0)
+        entropy = jax.vmap(balance.router_entropy)(assignment_GT.prob_TE, valid_GT).sum()
+        together_EE = balance.coactivation(expert_NK, c.num_experts) if is_sparse and num_choices > 1 else None
+        shards = math.prod(map(partition.num_parts, partition.BATCH_AXES))  # each with as many groups and rows
+        losses, count_E, dropped, entropy, together_EE = partition.summed(
+            (jax.tree.map(lambda loss: loss / shards, losses), count_E, dropped, entropy, together_EE),
+            *partition.BATCH_AXES,
+        )
         return MoeAux(
             losses=losses,
             count_E=count_E,
             dropped=dropped,
-            entropy=jax.vmap(balance.router_entropy)(assignment_GT.prob_TE, valid_GT).sum(),
-            together_EE=balance.coactivation(expert_NK, c.num_experts) if is_sparse and num_choices > 1 else None,
+            entropy=entropy,
+            together_EE=together_EE,
             preferred_BL=jnp.take_along_axis(expert_NK, best_N1, axis=1).reshape(valid_BL.shape),
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Dropout:
-    """Expert dropout: a choice's hidden units are dropped by a key of their own, so in any slot the same ones."""
+def _rule() -> dispatch_rules.Rule:
+    return dispatch_rules.RULES.get(partition.platform(), dispatch_rules.RULES["gpu"])
 
-    rate: float
-    keys_B: Array
-    length: int  # L
 
-    def of_slots(self, slots: dispatch.Slots) -> Callable[[Array], Array]:
-        """hidden_SF -> hidden_SF with a share `rate` of it 0, the rest over 1 - rate."""
-        per_row = self.length * slots.slot_NK.shape[1]
-        row_S = slots.choice_S // per_row
-        key_S = self.keys_B.at[row_S].get(mode="clip")
-        key_S = jax.vmap(lambda key, place: jax.random.fold_in(key, place + 1))(key_S, slots.choice_S % per_row)
-
-        def drop(hidden_SF: Array) -> Array:
-            keep_SF = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, hidden_SF.shape[1:]))(key_S)
-            return jnp.where(keep_SF, hidden_SF / (1 - self.rate), 0)
-
-        return drop
+def _seeds(keys_B: Array | None, shape: tuple[int, ...]) -> Array:
+    """seed_BLKZ: the data of a random key of its own for each choice, so that it has the same noise in any slot."""
+    assert keys_B is not None
+    place_M = jnp.arange(math.prod(shape[1:])) + 1
+    keys_BM = jax.vmap(lambda key: jax.vmap(lambda place: jax.random.fold_in(key, place))(place_M))(keys_B)
+    return jax.random.key_data(keys_BM).reshape(*shape, -1)
 
 
 def _loss(name: str, c: config_lib.MoeConfig) -> Callable[[routing.Assignment, Array | None, Array], Array]:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax import Array
 
 from moejax import config as config_lib
+from moejax import partition
 from moejax.layers import init
 from moejax.ops import routing
 
@@ -84,22 +85,25 @@ class Router(nnx.Module):
     ) -> tuple[routing.Assignment, Array | None]:
         """Chooses experts for every group of `group_size` consecutive tokens.
 
+        x_BLD: on a mesh, a device's part; where `sequence` splits rows, a part of those that `tokens` has whole.
         capacity: tokens that an expert of expert_choice takes from a group.
         """
         c, keys_B = self.config, tokens.keys_B if train else None
+        rows = tokens.valid_BL.shape
         normal_BLE = uniform_BL = logits_BLE = noise_logits_BLE = None
         if self.weight is not None:
             if c.router == "switch" and keys_B is not None and c.jitter:
-                factor_BLD = _draw(jax.random.uniform, keys_B, x_BLD.shape, minval=1 - c.jitter, maxval=1 + c.jitter)
-                x_BLD = x_BLD.astype(jnp.float32) * factor_BLD
-            logits_BLE = _product(x_BLD, self.weight[...])
+                shape = (*rows, x_BLD.shape[-1])
+                factor_BLD = _draw(jax.random.uniform, keys_B, shape, minval=1 - c.jitter, maxval=1 + c.jitter)
+                x_BLD = x_BLD.astype(jnp.float32) * partition.part(factor_BLD, "sequence", 1)
+            logits_BLE = partition.gathered(_product(x_BLD, self.weight[...]), "sequence", 1)
         if self.noise is not None:
-            noise_logits_BLE = _product(x_BLD, self.noise[...])
+            noise_logits_BLE = partition.gathered(_product(x_BLD, self.noise[...]), "sequence", 1)
         if keys_B is not None and logits_BLE is not None:
             if c.router == "noisy_top_k":
                 normal_BLE = _draw(jax.random.normal, keys_B, logits_BLE.shape)
             elif c.router == "gshard":
-                uniform_BL = _draw(jax.random.uniform, keys_B, x_BLD.shape[:2])
+                uniform_BL = _draw(jax.random.uniform, keys_B, rows)
         inputs_GT = jax.tree.map(
             lambda x_BL: x_BL.reshape(-1, group_size, *x_BL.shape[2:]),
             {

@@ -12,7 +12,9 @@ from flax import nnx
 from jax import Array
 
 from moejax import config as config_lib
+from moejax import partition
 from moejax.layers import block, head, init, mamba_moe, moe, norm
+from moejax.ops import expert_parallel
 
 
 class Period(nnx.Module):
@@ -97,7 +99,7 @@ class Lm(nnx.Module):
             "labels_BL": labels_BL,
             "train": train,
         }
-        x_BLD = self.embedding[...][tokens_BL]
+        x_BLD = partition.constrain(self.embedding[...][tokens_BL], "BLD")
         x_BLD, aux = _run(self.prefix, x_BLD, keys_B=block.fold_in(keys_B, 0), **context)
         stacks = [jax.tree.map(lambda leaf: leaf[None], layer) for layer in aux]
         if self.periods is not None:
@@ -108,7 +110,8 @@ class Lm(nnx.Module):
                 return period(x_BLD, keys_B=block.fold_in(keys_period_B, place), **context)
 
             if self.remat == "period":
-                run_period = jax.checkpoint(run_period)
+                keep = jax.checkpoint_policies.save_only_these_names(expert_parallel.RECEIVED)
+                run_period = jax.checkpoint(run_period, policy=keep)
             x_BLD, aux = jax.lax.scan(run_period, x_BLD, (self.periods, jnp.arange(self.num_periods)))
             if aux:
                 stacks.append(_interleave(aux))
@@ -253,6 +256,7 @@ def _run(
     collected: list[moe.MoeAux] = []
     for place, layer in enumerate(blocks):
         x_BLD, aux = layer(x_BLD, keys_B=block.fold_in(keys_B, place), **context)
+        x_BLD = partition.constrain(x_BLD, "BLD")
         collected += aux
     return x_BLD, tuple(collected)
 

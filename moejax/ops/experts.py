@@ -22,8 +22,8 @@ class Weights(NamedTuple):
     down_bias_ED: Array | None = None
 
 
-def activate(hidden: Array, activation: str) -> Array:
-    """relu, gelu (tanh form), or a gated one, which halves the last dim: swiglu is silu(first half) * second half,
+def activate(hidden: Array, activation: str, *, axis: int = -1) -> Array:
+    """relu, gelu (tanh form), or a gated one, which halves a dim: swiglu is silu(first half) * second half,
     geglu gelu(first half) * second half (arXiv 2002.05202)."""
     match activation:
         case "relu":
@@ -31,7 +31,7 @@ def activate(hidden: Array, activation: str) -> Array:
         case "gelu":
             return jax.nn.gelu(hidden)
         case "swiglu" | "geglu":
-            gate, up = jnp.split(hidden, 2, axis=-1)
+            gate, up = jnp.split(hidden, 2, axis=axis)
             return (jax.nn.silu(gate) if activation == "swiglu" else jax.nn.gelu(gate)) * up
     raise ValueError(f"activation={activation} is not known; choose one of relu, gelu, swiglu, geglu")
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moejax import config
+from moejax import config, partition
 from moejax.ops import shapes
 
 # The step size that stands for a document boundary: exp(dt A) is then exactly 0 for every A below -1e-28, so the state
@@ -134,8 +134,7 @@ def interpreted() -> Iterator[None]:
 
 def _choose(implementation: str | None, num_states: int, chunk_size: int) -> str:
     # A program may be compiled for a mesh of devices that are not here (`partition.on_mesh`).
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
+    platform = partition.platform()
     if implementation is None:
         if platform == "tpu" and num_states <= config.SCAN_STATES["pallas_tpu"]:
             return "pallas_tpu"

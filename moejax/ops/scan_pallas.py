@@ -12,7 +12,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AxisType
 
 from moejax import partition
 
@@ -40,10 +39,7 @@ def scan(
     Raises:
       ValueError: more states a channel than the kernels of the platform can hold.
     """
-    run = functools.partial(_scan, platform, interpret)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size > 1 and AxisType.Manual not in mesh.axis_types:  # else this is one device's part already
-        run = partition.on_shards(run, "BLI BLI NI BLN BLN BNI", "BLI BNI")
+    run = partition.on_shards(functools.partial(_scan, platform, interpret), "BLI BLI NI BLN BLN BNI", "BLI BNI")
     y_BLI, state_BNI = run(v_BLI, dt_BLI, A_IN.T, B_BLN, C_BLN, state_BIN.swapaxes(1, 2))
     return y_BLI, state_BNI.swapaxes(1, 2)
 

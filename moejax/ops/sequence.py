@@ -52,12 +52,12 @@ def selective_scan(
     chunk_size: int | None = None,
 ) -> tuple[Array, Array]:
     """`scan.selective_scan` from a state of zero."""
-    arrays = (u_BLI, dt_BLI, A_IN, B_BLN, C_BLN, D_I)
     if partition.num_parts(AXIS) == 1:
-        return scan.selective_scan(
-            *arrays, segment_ids_BL=segment_ids_BL, implementation=implementation, chunk_size=chunk_size
-        )
-    of_part = functools.partial(_selective_scan, scan.core(implementation, chunk_size, A_IN.shape[1]))
+        # Still on each device alone: XLA would sum the gradients of A, B and C over devices in every chunk.
+        of_part: Callable[..., Any] = functools.partial(_whole_scan, implementation, chunk_size)
+    else:
+        of_part = functools.partial(_selective_scan, scan.core(implementation, chunk_size, A_IN.shape[1]))
+    arrays = (u_BLI, dt_BLI, A_IN, B_BLN, C_BLN, D_I)
     return partition.on_shards(of_part, "BLI BLI IN BLN BLN I BL", "BLI BIN")(*arrays, segment_ids_BL)
 
 
@@ -93,6 +93,13 @@ def attention(
         return whole_attention.attention(*arrays, segment_ids_BL=segment_ids_BL, causal=causal)
     run = partition.on_shards(functools.partial(_attention, causal=causal), "BLHQ BLHQ BLHQ BL", "BLHQ")
     return run(*arrays, segment_ids_BL)
+
+
+def _whole_scan(implementation: str | None, chunk_size: int | None, *arrays: Any) -> tuple[Array, Array]:
+    *inputs, segment_ids_BL = arrays
+    return scan.selective_scan(
+        *inputs, segment_ids_BL=segment_ids_BL, implementation=implementation, chunk_size=chunk_size
+    )
 
 
 # --- between parts; below, every function runs on one device of many ------------------------------------------------

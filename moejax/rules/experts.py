@@ -109,7 +109,9 @@ def validate(moe: config_lib.MoeConfig, config: config_lib.Config) -> None:
 
 def _validate_dispatch(moe: config_lib.MoeConfig, router: config_lib.Router) -> None:
     one_of("model.moe.dispatch", moe.dispatch, ("auto", "capacity", "dropless"))
-    one_of("model.moe.grouped_matmul", moe.grouped_matmul, ("auto", "blocked", "ragged_dot"))
+    one_of("model.moe.grouped_matmul", moe.grouped_matmul, config_lib.GROUPED_MATMULS)
+    one_of("model.moe.exchange", moe.exchange, ("auto", "ragged", "gather"))
+    require(moe.num_chunks >= 1, f"model.moe.num_chunks={moe.num_chunks} must be 1 or more; change it")
     one_of("model.moe.capacity_order", moe.capacity_order, ("auto", "tokens", "choices", "priority"))
     require(
         router.sparse or moe.dispatch == "auto",
@@ -118,6 +120,19 @@ def _validate_dispatch(moe: config_lib.MoeConfig, router: config_lib.Router) -> 
     require(
         moe.grouped_matmul == "auto" or moe.dispatch != "capacity",
         f"model.moe.grouped_matmul={moe.grouped_matmul} has no effect with dispatch=capacity; set it to auto",
+    )
+    factors = moe.capacity_factor, moe.eval_capacity_factor
+    where = f"router={moe.router}, dispatch={moe.dispatch} and these capacity factors"
+    require(
+        moe.exchange == "auto" or any(moe.is_dropless(factor, full_capacity=1.0) for factor in factors),
+        f"model.moe.exchange={moe.exchange} has no effect with {where}, where nothing is dropless; set it to auto",
+    )
+    has_slots = moe.router == "soft_moe" or (
+        router.sparse and not all(moe.is_dropless(factor, full_capacity=1.0) for factor in factors)
+    )
+    require(
+        moe.num_chunks == 1 or has_slots,
+        f"model.moe.num_chunks={moe.num_chunks} has no effect with {where}, where experts have no slots; set it to 1",
     )
     require(
         router.sparse or moe.expert_dropout == 0,

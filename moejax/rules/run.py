@@ -95,6 +95,7 @@ def validate_training(config: config_lib.Config) -> None:
     positive(config, "optimizer.eps")
     one_of("optimizer.decay", optimizer.decay, ("matrices", "all"))
     sizes = dataclasses.asdict(config.mesh)
+    del sizes["split_physical_axes"]
     for name, size in sizes.items():
         require(size >= 1 or size == -1, f"mesh.{name}={size} must be 1 or more, or -1 for the rest; change it")
     rest = [name for name, size in sizes.items() if size == -1]

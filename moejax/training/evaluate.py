@@ -31,10 +31,16 @@ def evaluate(model: lm.Lm, step: EvalStep, batches: Iterator[dict[str, Any]], me
       preferred_ML: of the first batch, for each MoE layer, the expert with the largest gate of every token that is not
       padding, int16.
     """
+    sharding = partition.batch_sharding(mesh)
+
+    def place(rows: np.ndarray) -> jax.Array:
+        """Every process has the whole batch, and gives its devices their parts."""
+        return jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)
+
     nats = tokens = dropped = choices = 0.0
     preferred_ML = None
     for batch in batches:
-        sums = jax.device_get(step(model, jax.device_put(batch, partition.batch_sharding(mesh))))
+        sums = jax.device_get(step(model, jax.tree.map(place, batch)))
         nats += float(sums["nats"])
         tokens += float(sums["tokens"])
         if sums["moe"] is not None:

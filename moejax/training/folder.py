@@ -1,6 +1,9 @@
 """A run's folder: what makes two runs the same, and how a run is found again."""
 
+import json
 import pathlib
+import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,17 +12,46 @@ from moejax import files, rules
 from moejax.data import pipeline, tokenizers
 from moejax.training import metrics
 
+CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 DATA_FILE = "data.json"  # what the corpus was: `pipeline.Data.describe`
+FILE_APPEARS = 60  # seconds until another host sees a new file: NFS remembers for so long that there is none
 
 # What a run may change when it goes on; anything else would make another model, or other rows in another order.
 # Documents may move to another place: `check_corpus` sees whether they are the same.
 _FREE_ON_RESUME = (
     *("training.", "checkpoint.", "mesh.", "optimizer."),
     *("model.mamba.scan", "model.mamba.chunk_size", "model.mamba2.scan", "model.mamba2.chunk_size"),
+    *("model.moe.exchange", "model.moe.num_chunks", "model.moe.grouped_matmul"),
     *("data.num_workers", "data.source", "data.validation_source", "data.tfds_dir"),
 )
 _NEVER_FREE = ("training.seed",)
+
+
+def describe(config: config_lib.Config, data: pipeline.Data, workdir: pathlib.Path) -> None:
+    """Writes what the run is made of: its config, what its corpus is, and the tokenizer."""
+    files.write(workdir / CONFIG_FILE, json.dumps(config_lib.to_dict(config), indent=2) + "\n")
+    files.write(workdir / DATA_FILE, json.dumps(data.describe(), indent=2) + "\n")
+    data.tokenizer.save(workdir / TOKENIZER_FILE)
+
+
+def check_shared(data: pipeline.Data, workdir: pathlib.Path) -> None:
+    """Refuses a process that sees another folder or another corpus than the process that has described them."""
+    path = workdir / DATA_FILE
+    deadline = time.monotonic() + FILE_APPEARS
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(1)
+    if not path.exists():
+        raise config_lib.ConfigError(
+            f"--workdir={workdir} is another folder on {socket.gethostname()} than where process 0 runs; name one on a "
+            "disk that all hosts share"
+        )
+    there, here = files.read_json(path), data.describe()
+    if there["digest"] != here["digest"]:
+        raise config_lib.ConfigError(
+            f"the corpus on {socket.gethostname()} is not that of process 0 ({_sizes(here)} here, {_sizes(there)} "
+            "there); give every host the same documents"
+        )
 
 
 def check(config: config_lib.Config, workdir: pathlib.Path) -> list[str]:
@@ -75,7 +107,7 @@ def has_checkpoints(workdir: pathlib.Path) -> bool:
 
 def load_config(workdir: pathlib.Path) -> config_lib.Config:
     """The config that a run has written into its folder."""
-    path = workdir / "config.json"
+    path = workdir / CONFIG_FILE
     try:
         config = config_lib.from_dict(files.read_json(path))
         rules.validate(config)

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard events, and the console."""
+"""Where a run's numbers go: metrics.jsonl, TensorBoard events, and the console; process 0 alone writes."""
 
 import json
 import math
@@ -7,6 +7,7 @@ import pathlib
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 import tensorboardX
 import tqdm
@@ -27,7 +28,22 @@ SCALARS = (
 BY_LAYER = ("max_load", "unused_experts", "dropped", "router_entropy", "experts_per_token", "coactivation", "churn")
 
 
-class MetricsWriter:
+class Writer:
+    """Where rows go; this one writes nothing: process 0 has a `MetricsWriter`, and the others leave it to that."""
+
+    last: dict[str, Any] | None = None  # the row of the step that the run goes on from
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Takes the row of a step."""
+
+    def flush(self) -> None:
+        """Returns when every row is safe."""
+
+    def close(self) -> None:
+        """No row comes after this."""
+
+
+class MetricsWriter(Writer):
     """Appends a row a step. What `flush` returns from survives the death of the process."""
 
     def __init__(self, workdir: pathlib.Path, *, step: int):
@@ -72,8 +88,9 @@ def _plain(value: Any) -> Any:
 
 
 def say(line: str) -> None:
-    """One line on the log, which is standard error: standard output is for results."""
-    print(line, file=sys.stderr, flush=True)
+    """One line on the log, which is standard error: standard output is for results. From process 0 alone."""
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 class Console:
@@ -82,7 +99,7 @@ class Console:
     def __init__(self, *, num_steps: int, step: int, log_every: int):
         self._num_steps, self._log_every = num_steps, log_every
         self._bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and jax.process_index() == 0:
             self._bar = tqdm.tqdm(total=num_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
 
     def show(self, row: dict[str, Any], *, tokens_per_second: float, seconds_left: float) -> None:

@@ -68,19 +68,16 @@ def _split(model: lm.Lm) -> tuple[Any, Any, Any]:
     return structure, params, routers
 
 
-def make_train_step(
-    config: config_lib.Config, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
-    """The jitted update: (state, batch) -> (state, metrics). The state that goes in is consumed.
+def make_gradients(config: config_lib.Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[dict[str, Any], Any]]:
+    """(state, batch) -> (sums, gradients) of an update's objective, to be traced by `partition.on_mesh`.
 
     The objective is the mean cross-entropy over the batch's counted tokens plus the router's auxiliary losses, each by
     its weight, averaged over groups and, by model.moe.layer_reduction, averaged or summed over layers. Microbatches
     change neither: each part's sums are divided by the whole batch's count. Noise is drawn row by row, by keys that
     depend on training.seed and the step alone.
 
-    Metrics (device arrays): loss, grad_norm, learning_rate, tokens, and for MoE models routing (`routing_metrics`).
+    sums: of `loss.sums`, over the whole batch. gradients: of the parameters, in their structure.
     """
-    tx, learning_rate = optimizer.build(config), optimizer.schedule(config)
     moe_config = config.model.moe
     weights = moe_config.loss_weights()
     reduce_layers = jnp.mean if moe_config.layer_reduction == "mean" else jnp.sum
@@ -96,8 +93,12 @@ def make_train_step(
             total += sum(weights[name] * reduce_layers(value_L) for name, value_L in losses.items())
         return total, sums
 
-    def gradients(params: Any, fixed: tuple[Any, Any], batch: Batch) -> tuple[dict[str, Any], Any]:
-        grad = jax.grad(objective, has_aux=True)
+    def gradients(state: TrainState, batch: Batch) -> tuple[dict[str, Any], Any]:
+        if _has_noise(config.model):
+            key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
+            batch = batch | {"keys_B": jax.random.split(key, batch["inputs_BL"].shape[0])}
+        structure, params, routers = _split(state.model)
+        fixed, grad = (structure, routers), jax.grad(objective, has_aux=True)
         num_tokens = jnp.maximum(jnp.sum(batch["loss_mask_BL"], dtype=jnp.float32), 1.0)
         parts = config.training.num_microbatches
         if parts == 1:
@@ -125,12 +126,22 @@ def make_train_step(
         (sums, grads), _ = jax.lax.scan(add_part, zeros, split_batch)
         return sums, grads
 
+    return gradients
+
+
+def make_train_step(
+    config: config_lib.Config, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
+    """The jitted update by `make_gradients`: (state, batch) -> (state, metrics). The state that goes in is consumed.
+
+    Metrics (device arrays): loss, grad_norm, learning_rate, tokens, and for MoE models routing (`routing_metrics`).
+    """
+    tx, learning_rate = optimizer.build(config), optimizer.schedule(config)
+    gradients = make_gradients(config, mesh)
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        if _has_noise(config.model):
-            key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
-            batch = batch | {"keys_B": jax.random.split(key, batch["inputs_BL"].shape[0])}
+        sums, grads = gradients(state, batch)
         structure, params, routers = _split(state.model)
-        sums, grads = gradients(params, (structure, routers), batch)
         updates, opt_state = tx.update(grads, state.opt_state, params)
         model = nnx.merge(structure, optax.apply_updates(params, updates), routers)
         metrics = {
@@ -142,7 +153,7 @@ def make_train_step(
         if sums["moe"] is not None:
             num_valid = jnp.sum(batch["segment_ids_BL"] > 0, dtype=jnp.int32)
             metrics["routing"] = routing_metrics(sums["moe"], num_valid)
-            _update_routers(model, sums["moe"], num_valid, moe_config)
+            _update_routers(model, sums["moe"], num_valid, config.model.moe)
         return TrainState(step=state.step + 1, model=model, opt_state=opt_state), metrics
 
     places, batch_place = shardings(config, mesh), partition.batch_sharding(mesh)

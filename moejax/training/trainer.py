@@ -1,8 +1,8 @@
 """The training run, read from top to bottom."""
 
 import collections
-import json
 import math
+import os
 import pathlib
 import signal
 import time
@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from moejax import config as config_lib
-from moejax import files, partition
+from moejax import partition
 from moejax.data import pipeline
 from moejax.models import lm
 from moejax.training import checkpoint, evaluate, folder, metrics, tables
@@ -26,14 +27,19 @@ class TrainingError(RuntimeError):
 
 
 class Stop:
-    """Notes SIGTERM and SIGINT, so that the loop can end between two steps. A second one ends at once."""
+    """Notes SIGTERM and SIGINT, so that the loop can end between two steps. A second one ends at once.
+
+    Of several processes all stop after the same step, whichever got the signal: jax's runtime has taken SIGTERM for
+    itself, and agrees on the step; SIGINT becomes SIGTERM.
+    """
 
     def __init__(self):
-        self.signal: str | None = None
+        self._signal: str | None = None
         self._previous: dict[int, Any] = {}
+        self._together = jax.process_count() > 1
 
     def __enter__(self) -> "Stop":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGINT,) if self._together else (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -41,15 +47,27 @@ class Stop:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def after(self, step: int) -> str | None:
+        """What stops the run after this step, if anything does. Asked once a step, which are counted from 1 here.
+
+        From 1 also where a run goes on: processes that have not asked yet count as at 0 in jax's agreement.
+        """
+        if self._together:
+            return "a signal" if multihost_utils.reached_preemption_sync_point(step) else None
+        return self._signal
+
     def _note(self, number: int, _: object) -> None:
-        self.signal = signal.Signals(number).name
+        self._signal = signal.Signals(number).name
         signal.signal(number, self._previous[number])
+        if self._together:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
     """Trains to training.num_steps, or goes on from the newest checkpoint in workdir.
 
     Writes config.json, data.json, tokenizer.json, metrics.jsonl, TensorBoard events and checkpoints/ into workdir.
+    Where jax runs several processes, each calls this; process 0 alone writes, but for each one's part of a checkpoint.
 
     Raises:
       ConfigError: a setting that cannot be, or a workdir of another model; nothing on disk has changed.
@@ -63,13 +81,14 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
         )
     mesh = partition.make_mesh(config.mesh)
     partition.check_batch(config, mesh)
-    partition.check_scan(config, mesh)
+    partition.check_platform(config, mesh)
     table_V = None if folder.has_checkpoints(workdir) else tables.read(config)  # a checkpoint has the table
     abstract = state_lib.abstract(config, mesh)
     data = pipeline.load(config.data, folder.load_tokenizer(workdir))
     folder.check_vocabulary(config, data.tokenizer)
     folder.check_corpus(data, workdir)
-    metrics.say(describe(config, mesh, data))
+    metrics.say(describe(config, data))
+    metrics.say(partition.describe(mesh))
     for note in notes(config, data):
         metrics.say(note)
 
@@ -85,9 +104,10 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
         metrics.say(f"resuming from step {start} in {workdir}{''.join(f', {change}' for change in changed)}")
         if start >= config.training.num_steps:
             metrics.say(f"all {config.training.num_steps} steps are done; raise training.num_steps to train on")
-    files.write(workdir / "config.json", json.dumps(config_lib.to_dict(config), indent=2) + "\n")
-    files.write(workdir / folder.DATA_FILE, json.dumps(data.describe(), indent=2) + "\n")
-    data.tokenizer.save(workdir / folder.TOKENIZER_FILE)
+    if jax.process_index() == 0:
+        folder.describe(config, data, workdir)
+    multihost_utils.sync_global_devices("the folder is described")
+    folder.check_shared(data, workdir)
 
     try:
         with Stop() as stop:
@@ -110,18 +130,17 @@ def run_steps(
     num_steps = config.training.num_steps
     train_step = state_lib.make_train_step(config, mesh)
     eval_step = evaluate.make_eval_step(mesh)
-    writer = metrics.MetricsWriter(workdir, step=start)
+    writes = jax.process_index() == 0
+    writer = metrics.MetricsWriter(workdir, step=start) if writes else metrics.Writer()
     console = metrics.Console(num_steps=num_steps, step=start, log_every=config.training.log_every)
     log = RowLog(config, writer, console, start)
-    probe = probe_lib.Probe(workdir, step=start)
-    host, num_hosts = partition.reader(mesh, jax.process_index())
-    batches = pipeline.train_batches(data, config.data, start, host=host, num_hosts=num_hosts)
-    place, shape = partition.batch_sharding(mesh), (config.data.batch_size, config.data.seq_length)
+    probe = probe_lib.Probe(workdir, step=start) if writes else None
+    parts = partition.parts_of_batch(mesh, jax.process_index())
+    batches = pipeline.train_batches(data, config.data, start, parts=parts, num_parts=partition.num_batch_shards(mesh))
     try:
         for step in range(start + 1, num_steps + 1):
             # a copy: a worker's arrays lie in memory that it takes back, and jax on CPU would keep them without copying
-            local = jax.tree.map(np.array, next(batches))
-            batch = jax.tree.map(lambda part: jax.make_array_from_process_local_data(place, part, shape), local)
+            batch = partition.place_batch(mesh, parts, jax.tree.map(np.array, next(batches)))
             state, step_metrics = train_step(state, batch)
             log.finish_pending(checkpoints)
             log.pending = (step, step_metrics)
@@ -130,10 +149,10 @@ def run_steps(
                 held_out = pipeline.validation_batches(data, config.data, config.training.eval_batches)
                 evaluation = evaluate.evaluate(state.model, eval_step, held_out, mesh)
                 log.evaluation["validation_loss"] = evaluation["loss"]
-                if "preferred_ML" in evaluation:
+                if probe and "preferred_ML" in evaluation:
                     churn_M = probe.churn(evaluation["preferred_ML"], step)
                     log.evaluation |= {} if churn_M is None else {"churn": churn_M}
-            stopped_by = stop.signal  # read once: a signal may come between any two lines
+            stopped_by = stop.after(step - start)  # read once: a signal may come between any two lines
             if step % config.checkpoint.every == 0 or step == num_steps or stopped_by:
                 log.finish_pending(checkpoints)  # a checkpoint is never ahead of metrics.jsonl, nor past a NaN
                 writer.flush()
@@ -151,7 +170,7 @@ def run_steps(
 class RowLog:
     """Turns the device's numbers of a step into its row of metrics.jsonl and the console, one step late."""
 
-    def __init__(self, config: config_lib.Config, writer: metrics.MetricsWriter, console: metrics.Console, start: int):
+    def __init__(self, config: config_lib.Config, writer: metrics.Writer, console: metrics.Console, start: int):
         self.pending: tuple[int, dict[str, Any]] | None = None
         self.evaluation: dict[str, Any] = {}  # of the pending step
         self._config, self._writer, self._console = config, writer, console
@@ -215,8 +234,7 @@ def notes(config: config_lib.Config, data: pipeline.Data) -> list[str]:
     if not config.model.has_experts:
         return []
     c, found = config.model.moe, []
-    routed = config_lib.ROUTERS[c.router]
-    is_dropless = c.dispatch == "dropless" or (c.dispatch == "auto" and routed.dropless)
+    is_dropless = c.is_dropless(1.0, full_capacity=1.0)  # where the factor would drop something
     if is_dropless and (c.capacity_factor or c.eval_capacity_factor):
         found.append(f"note: router={c.router} drops no token here; model.moe.capacity_factor does not apply")
     looks_ahead = [
@@ -243,15 +261,14 @@ def notes(config: config_lib.Config, data: pipeline.Data) -> list[str]:
     return found
 
 
-def describe(config: config_lib.Config, mesh: jax.sharding.Mesh, data: pipeline.Data) -> str:
+def describe(config: config_lib.Config, data: pipeline.Data) -> str:
     """One line: what is trained on what."""
     params = nnx.state(lm.abstract(config.model), nnx.Param)
     num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     count = f", {data.num_tokens:,} tokens" if data.num_tokens is not None else ""
     left_out = f"; {data.num_left_out:,} blank or unreadable left out" if data.num_left_out else ""
     return (
-        f"{num_params:,} parameters on {axes} ({jax.devices()[0].platform}); {config.data.source}: "
+        f"{num_params:,} parameters; {config.data.source}: "
         f"{data.num_documents:,} documents{count} to train on, {len(data.validation):,} documents, "
         f"{data.validation.num_targets:,} tokens held out{left_out}; packing {config.data.packing}; "
         f"tokenizer {data.tokenizer.name} of {data.tokenizer.vocab_size:,}"

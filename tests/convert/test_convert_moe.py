@@ -141,8 +141,8 @@ def test_both_layouts_give_the_layer_whose_gate_half_comes_first():
     layer = moe.from_hf("mixtral", weights, settings("mixtral"))
     np.testing.assert_array_equal(layer.router.weight[...], weights["gate.weight"].T)
     for e in range(E):
-        up_DF = np.concatenate([weights[f"experts.{e}.w1.weight"].T, weights[f"experts.{e}.w3.weight"].T], axis=1)
-        np.testing.assert_array_equal(layer.up[e], up_DF)
+        for half, name in enumerate(("w1", "w3")):
+            np.testing.assert_array_equal(layer.up[e, :, half], weights[f"experts.{e}.{name}.weight"].T)
         np.testing.assert_array_equal(layer.down[e], weights[f"experts.{e}.w2.weight"].T)
     fused = moe.to_hf("mixtral", layer)
     assert_equal(moe.to_hf("mixtral", moe.from_hf("mixtral", fused, settings("mixtral")), per_expert=True), weights)

@@ -278,7 +278,7 @@ def test_hosts_read_the_parts_of_one_batch_and_a_run_resumes_on_another_number_o
     alone = list(itertools.islice(pipeline.train_batches(data, config), 12))
     step = 0
     for num_hosts, num_steps in ((2, 3), (8, 1), (4, 5), (1, 3)):  # stop, and go on with another number of hosts
-        hosts = [pipeline.train_batches(data, config, step, host=h, num_hosts=num_hosts) for h in range(num_hosts)]
+        hosts = [pipeline.train_batches(data, config, step, parts=(h,), num_parts=num_hosts) for h in range(num_hosts)]
         for _ in range(num_steps):
             parts = [next(host) for host in hosts]
             assert {part["inputs_BL"].shape[0] for part in parts} == {8 // num_hosts}
@@ -287,9 +287,9 @@ def test_hosts_read_the_parts_of_one_batch_and_a_run_resumes_on_another_number_o
     assert step == 12
 
 
-def test_a_batch_that_does_not_divide_over_the_hosts_is_refused(config, data):
-    with pytest.raises(config_lib.ConfigError, match=r"data\.batch_size=4 does not divide over 3 hosts"):
-        pipeline.train_batches(data, config, host=0, num_hosts=3)
+def test_a_batch_that_does_not_divide_into_the_parts_is_refused(config, data):
+    with pytest.raises(config_lib.ConfigError, match=r"data\.batch_size=4 does not divide into 3 parts"):
+        pipeline.train_batches(data, config, num_parts=3)
 
 
 @pytest.mark.parametrize("packing_name", ["best_fit", "concatenate", "pad"])

@@ -42,7 +42,8 @@ def activate(hidden, activation):
 
 
 def mlp(x, w, activation, expert=...):
-    hidden = x @ w["up"][expert] + (w["up_bias"][expert] if "up_bias" in w else 0)
+    hidden = np.tensordot(x, w["up"][expert], axes=1) + (w["up_bias"][expert] if "up_bias" in w else 0)
+    hidden = hidden.reshape(*x.shape[:-1], -1)  # a gated activation's halves stand in a dim of their own
     return activate(hidden, activation) @ w["down"][expert] + (w["down_bias"][expert] if "down_bias" in w else 0)
 
 

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import moe_loop
 import numpy as np
 import pytest
 from flax import nnx
@@ -58,16 +59,6 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-def ffn(x, w, expert=...):
-    hidden = x @ w["up"][expert] + (w["up_bias"][expert] if "up_bias" in w else 0)
-    if hidden.shape[-1] == w["down"].shape[-2]:
-        hidden = np.maximum(hidden, 0)
-    else:  # swiglu
-        gate, up = np.split(hidden, 2)
-        hidden = silu(gate) * up
-    return hidden @ w["down"][expert] + (w["down_bias"][expert] if "down_bias" in w else 0)
-
-
 def switch(x, valid, w, capacity):
     """One group: (y, balance loss, choices of each expert, how many it dropped)."""
     count, used, prob_sum = np.zeros(EXPERTS, int), np.zeros(EXPERTS, int), np.zeros(EXPERTS)
@@ -80,10 +71,10 @@ def switch(x, valid, w, capacity):
         prob_sum += prob
         if used[e] < capacity:
             used[e] += 1
-            y[t] = prob[e] * ffn(x[t], w, e)
+            y[t] = prob[e] * moe_loop.mlp(x[t], w, "swiglu" if "up_bias" in w else "relu", e)
     if "shared" in w:
         for t in range(len(x)):
-            y[t] += ffn(x[t] if valid[t] else np.zeros(x.shape[1]), w["shared"])
+            y[t] += moe_loop.mlp(x[t] if valid[t] else np.zeros(x.shape[1]), w["shared"], "relu")
     loss = EXPERTS * (count / max(1, count.sum()) * prob_sum / max(1, valid.sum())).sum()
     return y, loss, count, count - used
 

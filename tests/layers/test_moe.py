@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import moe_loop
 import numpy as np
 import pytest
+from flax import nnx
 
 from moejax import config as config_lib
+from moejax import partition
+from moejax.layers import moe
 from moejax.ops import dispatch_rules
 
 # Each router in two of the three group sizes and of the four activations; with every loss it may have, then its own.
@@ -285,3 +288,16 @@ def test_biases_start_at_zero_or_are_not_there():
     module = moe_loop.create(config_lib.MoeConfig(num_experts=2, d_expert=3, bias=True))
     assert not np.any(module.up_bias[...])
     assert not np.any(module.down_bias[...])
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 2}, {"tensor": 2}, {"expert": 2}, {"sequence": 2}])
+def test_few_tokens_in_evaluation_are_those_of_one_device_on_any_mesh(axes):
+    """As few as in a step of decoding, which takes a way of its own."""
+    c = config_lib.MoeConfig(num_experts=8, d_expert=8, eval_capacity_factor=0.0, activation="swiglu")
+    layer = moe.Moe(4, c, init_scale=1.0, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(params=0))
+    x = np.random.default_rng(0).normal(size=(2 if {"fsdp", "expert"} & set(axes) else 1, 4, 4)).astype(np.float32)
+    mesh = partition.make_mesh(config_lib.MeshConfig(**{"data": 1, **axes}), jax.devices()[:2])
+    placed = jax.device_put(layer, partition.tree_shardings(layer, mesh))
+    program = jax.jit(partition.on_mesh(mesh, lambda layer, x: layer(x)[0]))
+    actual = program(placed, jax.device_put(x, partition.replicated(mesh)))
+    np.testing.assert_allclose(actual, jax.jit(lambda layer, x: layer(x)[0])(layer, x), atol=1e-5)
