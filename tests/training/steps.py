@@ -1,7 +1,6 @@
 """Training steps on a made-up batch. Compiling is what takes the time in these tests: all of it is done once."""
 
 import copy
-import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -44,7 +43,7 @@ def place(config: config_lib.Config, batch: dict[str, np.ndarray]) -> dict[str, 
 
 def make_mesh(config: config_lib.Config) -> jax.sharding.Mesh:
     """Of as many devices as its sizes ask for; of one where fsdp is the rest, as in tiny.py."""
-    sizes = dataclasses.astuple(config.mesh)
+    sizes = [getattr(config.mesh, axis) for axis in partition.AXES]
     return partition.make_mesh(config.mesh, jax.devices()[: 1 if config.mesh.fsdp == -1 else math.prod(sizes)])
 
 
