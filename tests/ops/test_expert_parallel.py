@@ -49,7 +49,7 @@ HOW = {
         {"capacity": 1, "group_size": L // 2, "order": "choices"},
     ),
     "gather": (Settings("swiglu", jnp.float32, normalise=True, grouped_matmul="reference"), {}),
-    "gather with dropout": (Settings("relu", jnp.float32, drop_rate=0.4, grouped_matmul="blocked"), {}),
+    "gather with dropout": (Settings("relu", jnp.float32, drop_rate=0.4, grouped_matmul="reference"), {}),
     "ragged": (
         Settings("swiglu", jnp.float32, drop_rate=0.4, exchange="ragged", grouped_matmul="reference"),
         {},
