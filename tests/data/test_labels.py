@@ -178,7 +178,7 @@ def test_labels_split_over_hosts_and_come_from_workers_as_other_arrays_do(config
     lazy = packing_name in ("sample", "pad")
     assert isinstance(data.train_labels, labels.Lookup) == lazy
     alone = pipeline.TrainBatches(data, config)
-    parts = [pipeline.TrainBatches(data, config, host, 4)[7]["labels_BL"] for host in range(4)]
+    parts = [pipeline.TrainBatches(data, config, (host,), 4)[7]["labels_BL"] for host in range(4)]
     assert {part.shape for part in parts} == {(1, 32)}
     np.testing.assert_array_equal(np.concatenate(parts), alone[7]["labels_BL"])
     if packing_name == "sample":  # starting processes takes seconds
