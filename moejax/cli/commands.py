@@ -141,17 +141,13 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     for config, mesh, row in zip(configs, meshes, rows, strict=True):
         said = " ".join(f"{field}={value}" for field, value in row.items())
         print(f"compiling for {mesh.size} devices of {where.name} {said}".rstrip(), file=sys.stderr, flush=True)
-        plans.append(plan_lib.make(config, where, mesh, probes=arguments.search_batch, say=_say))
+        plans.append(plan_lib.make(config, where, mesh, probes=arguments.search_batch, say=processes.say))
     if arguments.json:
         values = [one.to_json() | ({"varied": row} if row else {}) for one, row in zip(plans, rows, strict=True)]
         print(json.dumps(values if arguments.vary else values[0]))
     else:
         print(plan_table.grid(plans, rows) if arguments.vary else plan_table.page(plans[0]))
     return 0
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def report(arguments: argparse.Namespace, _: list[str]) -> int:

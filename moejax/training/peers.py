@@ -38,13 +38,15 @@ class PeerError(RuntimeError):
 class Place:
     """Where a process stands: coordinator is HOST:PORT of process 0, process_id lies in [0, num_processes).
 
-    local_devices: which of its host's devices the process takes; None: all.
+    local_devices: which of its host's devices the process takes; None: all. hosts: of processes 0, 1, ..., or () where
+    the cluster does not say.
     """
 
     coordinator: str
     num_processes: int
     process_id: int
     local_devices: tuple[int, ...] | None = None
+    hosts: tuple[str, ...] = ()
 
     @property
     def address(self) -> tuple[str, int]:
@@ -290,14 +292,14 @@ def _gather(
             missing = sorted(set(range(place.num_processes)) - set(hosts))
             if now >= deadline:
                 line = (
-                    f"{_processes(missing)} of {place.num_processes} did not come within {time_limit:g} s; here are "
-                    f"{', '.join(f'{process} on {hosts[process]}' for process in sorted(hosts))}; look at the logs of "
+                    f"{_processes(missing, place)} of {place.num_processes} did not come within {time_limit:g} s; here "
+                    f"are {', '.join(f'{process} on {hosts[process]}' for process in sorted(hosts))}; look at the logs of "
                     "the missing, or raise --start_timeout"
                 )
                 _answer(connections, missing=line)
                 raise PeerError(line)
             if now >= patience:
-                say(f"waiting for {_processes(missing)} of {place.num_processes}")
+                say(f"waiting for {_processes(missing, place)} of {place.num_processes}")
                 patience = deadline
             server.settimeout(min(1.0, deadline - now))
             try:
@@ -353,5 +355,6 @@ def _answer(connections: dict[int, _Connection], **message: Any) -> None:
             connection.send(**message)
 
 
-def _processes(ids: list[int]) -> str:
-    return f"process{'es' * (len(ids) > 1)} {', '.join(map(str, ids))}"
+def _processes(ids: list[int], place: Place) -> str:
+    names = (f"{process} on {place.hosts[process]}" if place.hosts else str(process) for process in ids)
+    return f"process{'es' * (len(ids) > 1)} {', '.join(names)}"

@@ -8,6 +8,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -78,7 +79,8 @@ def _find_in_cluster() -> peers.Place | None:
             coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS") or cluster.get_coordinator_address(
                 timeout_secs=60, override_coordinator_port=os.environ.get("JAX_COORDINATOR_PORT")
             )
-            return peers.Place(coordinator, num_processes, cluster.get_process_id(), _local_devices(cluster))
+            devices, hosts = _local_devices(cluster), _hosts(cluster, num_processes)
+            return peers.Place(coordinator, num_processes, cluster.get_process_id(), devices, hosts)
     except Exception as error:  # metadata servers and environments fail in many ways
         raise config_lib.ConfigError(
             f"the other processes of this cluster can't be found ({' '.join(str(error).split())[:200]}); pass "
@@ -100,6 +102,20 @@ def _local_devices(cluster: Any) -> tuple[int, ...] | None:
     return None if local is None or is_alone or "JAX_LOCAL_DEVICE_IDS" in os.environ else (local,)
 
 
+def _hosts(cluster: Any, num_processes: int) -> tuple[str, ...]:
+    """The hosts of processes 0, 1, ..., to name one that does not come: a TPU slice and SLURM know them."""
+    nodes: list[str] = []
+    if hasattr(cluster, "_get_worker_list_in_slice"):
+        nodes = cluster._get_worker_list_in_slice()
+    elif os.environ.get("SLURM_DISTRIBUTION", "block") == "block" and "SLURM_STEP_NODELIST" in os.environ:
+        with contextlib.suppress(OSError):  # no scontrol inside a container
+            command = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
+            nodes = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    if not nodes or num_processes % len(nodes):
+        return ()
+    return tuple(node for node in nodes for _ in range(num_processes // len(nodes)))
+
+
 @contextlib.contextmanager
 def joined(place: peers.Place | None, config: config_lib.Config, *, start_timeout: float) -> Iterator[None]:
     """While this is open the process is one of several under jax's distributed runtime; with None it stays alone.
@@ -116,7 +132,7 @@ def joined(place: peers.Place | None, config: config_lib.Config, *, start_timeou
         yield
         return
     settings = {"jax": importlib.metadata.version("jax"), **config_lib.flatten(config)}
-    _peers = peers.meet(place, settings, time_limit=start_timeout, say=_say)
+    _peers = peers.meet(place, settings, time_limit=start_timeout, say=say)
     _peers.watch()
 
     import jax
@@ -154,5 +170,6 @@ def leave(status: int) -> None:
         peers.leave(status)
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """A line beside what the command prints, at once."""
     print(line, file=sys.stderr, flush=True)

@@ -75,6 +75,22 @@ def test_the_cluster_says_where_this_process_stands_and_a_lone_one_stays_alone(e
     assert processes.find(None, 1, None) is None  # whatever the cluster
 
 
+def test_slurm_says_on_which_hosts_the_processes_are(monkeypatch, tmp_path):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[03-04]" ] && printf "node03\\nnode04\\n"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name, value in (SLURM | {"SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}).items():
+        monkeypatch.setenv(name, value)
+    place = processes.find(None, None, None)
+    assert place is not None
+    assert place.hosts == ("node03", "node03", "node04", "node04")
+    monkeypatch.setenv("SLURM_DISTRIBUTION", "cyclic")
+    place = processes.find(None, None, None)
+    assert place is not None
+    assert place.hosts == ()
+
+
 def test_a_pod_of_an_indexed_job_is_not_trained_alone_in_silence(monkeypatch):
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
@@ -113,6 +129,8 @@ def test_all_processes_know_all_hosts_and_what_did_not_come_is_named():
     for error in missed:
         assert isinstance(error, peers.PeerError)
         assert str(error).startswith(f"processes 1, 3 of 4 did not come within 1 s; here are 0 on {HOST}, 2 on {HOST};")
+    (missed,) = meet(peers.Place(address, 2, 0, hosts=("node03", "node04")), time_limit=1)
+    assert str(missed).startswith("process 1 on node04 of 2 did not come within 1 s; ")
 
 
 def test_processes_that_do_not_fit_together_are_refused():
