@@ -69,13 +69,13 @@ def _lay(sizes: dict[str, int], devices: list[Any], split: bool) -> np.ndarray:
             return mesh_utils.create_device_mesh(shape, devices, **how)
         return mesh_utils.create_hybrid_device_mesh(shape, (num_slices, 1, 1, 1, 1), devices, **how)
     except NotImplementedError:
-        bounds = np.max([device.coords for device in devices], axis=0) + 1
-        chips = [int(size) for size in bounds if size > 1]
-        fitting = sorted({math.prod(some) for n in range(len(chips) + 1) for some in itertools.combinations(chips, n)})
+        bounds = np.max([(*device.coords, device.core_on_chip) for device in devices], axis=0) + 1
+        grid = [int(size) for size in bounds if size > 1]
+        fitting = sorted({math.prod(some) for n in range(len(grid) + 1) for some in itertools.combinations(grid, n)})
         wanted = ", ".join(f"mesh.{axis}={size}" for axis, size in within.items() if size > 1)
         raise config_lib.ConfigError(
-            f"{wanted} in a slice of {' x '.join(map(str, chips))} chips: each axis must take whole axes of chips, "
-            f"{', '.join(map(str, fitting[:-1]))} or {fitting[-1]} of them; change the sizes, or set "
+            f"{wanted} in a slice of {' x '.join(map(str, grid))} devices: each axis must take whole axes of them, "
+            f"{', '.join(map(str, fitting[:-1]))} or {fitting[-1]}; change the sizes, or set "
             "mesh.split_physical_axes=True, which lays an axis over part of one"
         ) from None
 
@@ -87,6 +87,11 @@ def count_slices(devices: list[Any]) -> int:
     return len({getattr(device, "slice_index", None) or 0 for device in devices})
 
 
+def count_hosts(devices: list[Any]) -> int:
+    """Hosts, whose numbers begin anew in every TPU slice that is only described."""
+    return len({(device.process_index, getattr(device, "slice_index", None)) for device in devices})
+
+
 def describe(mesh: Mesh) -> str:
     """One line: the axes with several devices, and what each of them splits."""
     devices = list(mesh.devices.flat)
@@ -96,7 +101,7 @@ def describe(mesh: Mesh) -> str:
         if size > 1:
             what = ["rows"] * (axis in BATCH_AXES) + ["positions"] * (axis == DIMS["L"])
             parts.append(f"{axis}={size} ({', '.join(what + splits[axis])})")
-    hosts, slices = len({device.process_index for device in devices}), count_slices(devices)
+    hosts, slices = count_hosts(devices), count_slices(devices)
     where = f"{len(devices)} device{'s' * (len(devices) > 1)} ({devices[0].platform})"
     where += f" of {hosts} hosts" * (hosts > 1) + f" in {slices} slices, over which data is split" * (slices > 1)
     return f"mesh: {' x '.join(parts)} on {where}" if parts else f"mesh: {where}"

@@ -13,9 +13,10 @@ import sys
 
 from moejax import cli
 from moejax import config as config_lib
+from moejax.analysis import chips as chips_lib
 from moejax.analysis import topology
 
-SLICES = {8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}  # v5e's shapes
+SLICES = {rows * columns: f"{rows}x{columns}" for rows, columns in chips_lib.SHAPES_2D if rows * columns >= 8}
 HEADS = ("chips", "mesh", "HBM GiB", "compute ms", "HBM ms", "ICI ms", "DCN ms", "bound", "tokens/s", "MFU at most")
 
 

@@ -74,7 +74,8 @@ def test_data_and_nothing_else_crosses_between_slices():
     part_of = np.vectorize(lambda chip: chip.slice_index)(mesh.devices.reshape(4, 4))
     np.testing.assert_array_equal(part_of, [[0] * 4] * 2 + [[1] * 4] * 2)
     assert partition.describe(mesh) == (
-        "mesh: data=4 (rows) x expert=4 (rows, expert) on 16 devices (tpu) in 2 slices, over which data is split"
+        "mesh: data=4 (rows) x expert=4 (rows, expert) on 16 devices (tpu) of 2 hosts in 2 slices, over "
+        "which data is split"
     )
     error = error_of(lambda: partition.make_mesh(config_lib.MeshConfig(data=1, expert=16), devices))
     assert error == (
@@ -87,11 +88,16 @@ def test_axes_that_chips_cannot_make_are_refused_with_those_that_they_can():
     config = config_lib.MeshConfig(data=8, expert=8)
     error = error_of(lambda: partition.make_mesh(config, slices(4, 4, 4)))
     assert error == (
-        "mesh.data=8, mesh.expert=8 in a slice of 4 x 4 x 4 chips: each axis must take whole axes of chips, 1, 4, 16 "
-        "or 64 of them; change the sizes, or set mesh.split_physical_axes=True, which lays an axis over part of one"
+        "mesh.data=8, mesh.expert=8 in a slice of 4 x 4 x 4 devices: each axis must take whole axes of them, 1, 4, 16 "
+        "or 64; change the sizes, or set mesh.split_physical_axes=True, which lays an axis over part of one"
     )
     config.split_physical_axes = True
     assert dict(partition.make_mesh(config, slices(4, 4, 4)).shape)["expert"] == 8
+    two_a_chip = slices(4, 4, 1) + slices(4, 4, 1)
+    for number, device in enumerate(two_a_chip):
+        device.id, device.device_kind, device.core_on_chip = number, "TPU7x", number // 16
+    error = error_of(lambda: partition.make_mesh(config_lib.MeshConfig(data=2, fsdp=2, tensor=8), two_a_chip))
+    assert "in a slice of 4 x 4 x 2 devices: each axis must take whole axes of them, 1, 2, 4, 8, 16 or 32;" in error
 
 
 def test_the_mesh_is_told_in_a_line():

@@ -151,7 +151,7 @@ def make(
         slices=where.num_slices,
         chips=where.num_chips,
         devices=mesh.size,
-        hosts=len({(d.process_index, getattr(d, "slice_index", None)) for d in mesh.devices.flat}),
+        hosts=partition.count_hosts(list(mesh.devices.flat)),
         mesh=dict(mesh.shape),
         layout=partition.describe(mesh),
         batch_size=config.data.batch_size,

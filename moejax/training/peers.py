@@ -291,10 +291,10 @@ def _gather(
             now = time.monotonic()
             missing = sorted(set(range(place.num_processes)) - set(hosts))
             if now >= deadline:
+                here = ", ".join(f"{process} on {hosts[process]}" for process in sorted(hosts))
                 line = (
                     f"{_processes(missing, place)} of {place.num_processes} did not come within {time_limit:g} s; here "
-                    f"are {', '.join(f'{process} on {hosts[process]}' for process in sorted(hosts))}; look at the logs of "
-                    "the missing, or raise --start_timeout"
+                    f"are {here}; look at the logs of the missing, or raise --start_timeout"
                 )
                 _answer(connections, missing=line)
                 raise PeerError(line)
