@@ -55,11 +55,13 @@ def row(topology: str, experts: int) -> tuple[list[str], list[str]]:
     options = [f"--config={CONFIG}", f"--topology={topology}", f"--slices={TOPOLOGIES[topology]}", "--json"]
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "moejax.cli", "plan", *options, *overrides]
-    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
     minutes, after = (time.perf_counter() - start) / 60, resource.getrusage(resource.RUSAGE_CHILDREN)
     processor = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60
     gigabytes = after.ru_maxrss * 1024 / 1e9  # of the largest so far
-    plan = json.loads(said)
+    plan = json.loads(done.stdout)
     bound, sent = plan["bound"], sum(one["bytes"] for one in plan["collectives"] if one["kind"] == "all-to-all")
     cells = [
         f"{TOPOLOGIES[topology]} x {topology}",
