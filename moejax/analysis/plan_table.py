@@ -19,7 +19,9 @@ def page(plan: plan_lib.Plan) -> str:
         f"{parameters['per_device']:,} a device",
         f"{'memory':<12}{_memory(memory)}",
     ]
-    if plan.largest_batch is not None:
+    if plan.largest_batch is None:
+        lines.append(f"{'':<12}the largest batch that fits: --search_batch=8 looks for it, a compilation a probe")
+    else:
         lines.append(f"{'':<12}the largest batch that was found to fit: {plan.largest_batch} rows")
     lines.append(f"{'compiled in':<12}{plan.compile_seconds:.0f} s")
     if plan.work is None or plan.bound is None:

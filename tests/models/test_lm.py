@@ -45,51 +45,6 @@ def unstack(model):
     return [*model.prefix, *(layer for period in periods for layer in period.blocks), *model.suffix]
 
 
-def test_a_packed_row_gives_each_document_what_it_gets_alone(fill):
-    """Logits and gradients of three documents in one row, in each of three orders, against one document a row.
-
-    Rows end in padding and nothing is dropped. A row's documents are the batch's, so the gradients are thrice as large.
-    """
-    model, length, rng = fill(lambda: make(settings(**MIXED))), 14, np.random.default_rng(1)
-    documents = [draw_tokens(size, seed=size) for size in (3, 5, 4)]
-    weights = [rng.normal(size=(len(document), VOCAB)).astype(np.float32) for document in documents]
-
-    def pack(order):
-        """tokens, segment ids, positions and loss weights of a row."""
-        columns = [np.concatenate([documents[d] for d in order])]
-        columns += [np.concatenate([np.full(len(documents[d]), i + 1) for i, d in enumerate(order)])]
-        columns += [np.concatenate([np.arange(len(documents[d])) for d in order])]
-        columns += [np.concatenate([weights[d] for d in order])]
-        return [np.concatenate([x, np.zeros((length - len(x), *x.shape[1:]), x.dtype)]) for x in columns]
-
-    def batch(orders):
-        return [np.stack(column) for column in zip(*map(pack, orders), strict=True)]
-
-    @jax.jit
-    def run(model, tokens, segments, positions, weight):
-        def loss(model):
-            logits, aux = model(tokens, segment_ids_BL=segments, positions_BL=positions, train=True)
-            return (logits * weight).sum(), (logits, aux)
-
-        return jax.grad(loss, has_aux=True)(model)
-
-    orders = [(0, 1, 2), (1, 2, 0), (2, 0, 1)]
-    gradient, (packed, aux) = run(model, *batch(orders))
-    gradient_alone, (alone, aux_alone) = run(model, *batch([(0,), (1,), (2,)]))
-    np.testing.assert_array_equal(aux.count_E, 3 * aux_alone.count_E)
-    np.testing.assert_array_equal(
-        aux_alone.count_E.sum(axis=1), 2 * (3 + 5 + 4)
-    )  # two choices a token, none by padding
-    for row, order in enumerate(orders):
-        start = 0
-        for d in order:
-            size = len(documents[d])
-            np.testing.assert_allclose(packed[row, start : start + size], alone[d, :size], atol=1e-4)
-            start += size
-    for actual, expected in zip(jax.tree.leaves(gradient), jax.tree.leaves(gradient_alone), strict=True):
-        np.testing.assert_allclose(actual / 3, expected, atol=1e-4 * np.abs(expected).max() + 1e-6)
-
-
 apply = jax.jit(lambda layer, x: layer(x))  # compiled once a kind of layer
 
 

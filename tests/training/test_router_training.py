@@ -14,9 +14,9 @@ from moejax import partition
 from moejax.models import lm
 from moejax.training import state
 
-# Those with noise, state, a choice over a whole group, or a dispatch of their own; test_state.py has top_k. The tests
-# of a router share its settings and so its compiled step.
-ROUTERS = ("noisy_top_k", "switch", "gshard", "sigmoid_bias", "sinkhorn", "relu")
+# Those with noise, state, a choice over a whole group, or a dispatch of their own; test_state.py has top_k, and gshard
+# draws its second choices from the same keys. The tests of a router share its settings and so its compiled step.
+ROUTERS = ("noisy_top_k", "switch", "sigmoid_bias", "sinkhorn", "relu")
 NOISE = {"switch": ("jitter", 0.5), "gshard": ("second_threshold", 1.0)}  # and noisy_top_k, always
 
 
@@ -65,15 +65,14 @@ def test_layout_changes_no_number_with_any_router(router):
         np.testing.assert_allclose(a, b, atol=3e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("devices", "microbatches"), [(2, 4), (8, 2)])
-def test_the_gradient_of_the_balance_loss_does_not_depend_on_devices_or_microbatches(devices, microbatches):
+def test_the_gradient_of_the_balance_loss_does_not_depend_on_devices_or_microbatches():
     """The loss alone: with no token counted, the router's first update is that of the balance loss."""
     config = settings("top_k")
     config.data.batch_size, config.model.moe.balance_weight, config.model.num_periods = 16, 1.0, 1
-    config.model.moe.group_size = 2 * config.data.seq_length if devices * microbatches < 16 else 0
+    config.model.moe.group_size = 2 * config.data.seq_length
     expected = balance_gradient(config)
-    config.training.num_microbatches = microbatches
-    config.mesh = config_lib.MeshConfig(data=devices, tensor=8 // devices)
+    config.training.num_microbatches = 4
+    config.mesh = config_lib.MeshConfig(data=2, tensor=4)
     actual = balance_gradient(config)
     assert np.abs(expected).max() > 1e-3
     np.testing.assert_allclose(actual, expected, atol=2e-6, rtol=1e-4)

@@ -94,23 +94,16 @@ def assert_same_numbers(first, second, tolerance):
         np.testing.assert_array_equal(others[name], numbers[name], err_msg=name)
 
 
-def test_microbatches_change_no_number_though_rows_count_different_tokens(config):
-    whole, whole_metrics = one_step(config)
-    config.training.num_microbatches = 4
-    split, split_metrics = one_step(config)
-    assert_same_update(whole, split, 2e-5)
-    assert_same_numbers(whole_metrics, split_metrics, 2e-5)
-
-
-# Every axis, and every pair that shares a leaf or a row; test_router_training.py has other routers on other meshes.
+# Every axis, and every pair that shares a leaf or a row, and as many microbatches as rows of a device, which count
+# different tokens; test_router_training.py has other routers on other meshes.
 MESHES = {
-    "rows and parts of rows": ({"data": 2, "sequence": 4}, 2),
+    "rows and parts of rows": ({"data": 2, "sequence": 4}, 4),
     "parameters": ({"fsdp": 2, "expert": 2, "tensor": 2}, 1),
 }
 
 
 @pytest.mark.parametrize("split", MESHES)
-def test_the_update_does_not_depend_on_the_mesh(config, split):
+def test_the_update_does_not_depend_on_the_mesh_or_on_microbatches(config, split):
     one, one_metrics = one_step(config)
     axes, config.training.num_microbatches = MESHES[split]
     config.mesh = config_lib.MeshConfig(**({"data": 1} | axes))
