@@ -5,19 +5,21 @@ mistake in the arguments is answered at once.
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from moejax import config as config_lib
 from moejax.training import peers
 
 HEARTBEAT = 80  # seconds after which jax gives up a silent process: later than peers.SILENCE, which says who it is
+LONGEST_WAIT = 3600  # seconds; a process that is lost meanwhile is noticed by the watch
 SHUTDOWN = 60  # seconds that jax waits for all to have come to the end
 EXPLAINED = 2.0  # seconds in which the watch has said whom a failed collective waited for
 
@@ -168,6 +170,37 @@ def leave(status: int) -> None:
     if _peers is not None:
         _peers.end(status)
         peers.leave(status)
+
+
+def in_step(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The jitted function; where there are several processes its first call waits until all have compiled it.
+
+    One may compile for minutes longer than another that finds the program in its cache, and collectives on CPUs give up
+    a process that comes 30 s after the first.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        return step
+    is_compiled = False
+
+    @functools.wraps(step)
+    def run(*args: Any) -> Any:
+        nonlocal is_compiled
+        if not is_compiled:
+            step.lower(*args).compile()
+            wait_for_all("compiled")
+            is_compiled = True
+        return step(*args)
+
+    return run
+
+
+def wait_for_all(what: str) -> None:
+    """Returns once every process has called this with the same word, as often."""
+    from orbax.checkpoint import multihost
+
+    multihost.get_barrier_sync_fn()(key=what, timeout_ms=1000 * LONGEST_WAIT)
 
 
 def say(line: str) -> None:

@@ -17,7 +17,7 @@ from moejax import config as config_lib
 from moejax import partition
 from moejax.data import pipeline
 from moejax.models import lm
-from moejax.training import checkpoint, evaluate, folder, metrics, tables
+from moejax.training import checkpoint, evaluate, folder, metrics, processes, tables
 from moejax.training import probe as probe_lib
 from moejax.training import state as state_lib
 
@@ -106,7 +106,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
             metrics.say(f"all {config.training.num_steps} steps are done; raise training.num_steps to train on")
     if jax.process_index() == 0:
         folder.describe(config, data, workdir)
-    multihost_utils.sync_global_devices("the folder is described")
+    processes.wait_for_all("described")
     folder.check_shared(data, workdir)
 
     try:
@@ -128,8 +128,8 @@ def run_steps(
 ) -> None:
     """The loop: dispatches step n, then reads the numbers of step n - 1 while n runs."""
     num_steps = config.training.num_steps
-    train_step = state_lib.make_train_step(config, mesh)
-    eval_step = evaluate.make_eval_step(mesh)
+    train_step = processes.in_step(state_lib.make_train_step(config, mesh))
+    eval_step = processes.in_step(evaluate.make_eval_step(mesh))
     writes = jax.process_index() == 0
     writer = metrics.MetricsWriter(workdir, step=start) if writes else metrics.Writer()
     console = metrics.Console(num_steps=num_steps, step=start, log_every=config.training.log_every)
