@@ -235,7 +235,7 @@ def test_a_packed_row_equals_its_documents_alone_where_nothing_is_dropped(fill):
     expected_gradient, expected = run(module, spread(u), alone, spread(dy))
     np.testing.assert_allclose(y[0], np.concatenate([expected[0, :4], expected[1, :6]]), atol=1e-5)
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-6)  # the largest are in the hundreds
     _, leaking = run(module, u, np.minimum(packed, 1), dy)
     assert np.abs(leaking[0, :4] - y[0, :4]).max() < 1e-6
     assert np.abs(leaking[0, 4:] - y[0, 4:]).max() > 1e-2
