@@ -19,6 +19,15 @@ LEVEL = 0.95  # of every interval
 _HUBER = 1.345  # times the scale of the residuals: 95% as efficient as least squares if they are normal
 _PILOT = 1e-3  # Huber's threshold of the first fit, from whose residuals the scale is taken; about the median's fit
 _STEPS = 60
+_IDLE = 1e-5  # change of all points together, as a parameter changes by one, below which it says nothing
+
+
+class UndeterminedError(ValueError):
+    """The points say nothing about some parameters: `indices`, in their order."""
+
+    def __init__(self, indices: Sequence[int]):
+        super().__init__(f"the points leave parameters undetermined: {indices}")
+        self.indices = indices
 
 
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
@@ -48,17 +57,15 @@ def fit(curve: Curve, observed_X: np.ndarray, *, num_resamples: int = NUM_RESAMP
     """The curve through these points. The same arguments give the same result.
 
     Raises:
-      ValueError: there are not more points than parameters, or the points leave a parameter undetermined.
+      UndeterminedError: the points say nothing about some parameters.
     """
     num_points, num_parameters = len(observed_X), len(curve.starts[0])
-    if num_points <= num_parameters:
-        raise ValueError(f"{num_points} points cannot determine {num_parameters} parameters")
+    assert num_points > num_parameters
     pilot_P = _best(curve, observed_X, curve.starts, _PILOT)
     threshold = _HUBER * max(_scale(curve, observed_X, pilot_P), 1e-9)
     theta_P = _best(curve, observed_X, [pilot_P], threshold)
     fitted_1X, by_1XP = curve.at(theta_P[None])
-    if np.linalg.cond(by_1XP[0] / np.linalg.norm(by_1XP[0], axis=0)) > 1e8:
-        raise ValueError("the points leave a parameter undetermined")
+    _check_determined(by_1XP[0])
     residual_X = observed_X - fitted_1X[0]
     drawn_X = residual_X / _shrinking(by_1XP[0])
     upper = (1 + LEVEL) / 2
@@ -115,6 +122,17 @@ def _best(curve: Curve, observed_X: np.ndarray, starts: Sequence[np.ndarray], th
         for start_P in starts
     ]
     return min(found, key=lambda one: one.cost).x
+
+
+def _check_determined(by_XP: np.ndarray) -> None:
+    size_P = np.linalg.norm(by_XP, axis=0)
+    idle_P = size_P < _IDLE
+    if not idle_P.any():  # those that take part in a direction along which nothing changes
+        _, singular_P, direction_PP = np.linalg.svd(by_XP / size_P, full_matrices=False)
+        flat_PP = direction_PP[singular_P < 1e-8 * singular_P[0]]
+        idle_P = (np.abs(flat_PP) > 0.1).any(axis=0)
+    if idle_P.any():
+        raise UndeterminedError(np.flatnonzero(idle_P).tolist())
 
 
 def _scale(curve: Curve, observed_X: np.ndarray, theta_P: np.ndarray) -> float:

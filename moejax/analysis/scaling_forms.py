@@ -8,6 +8,7 @@ experts divided by granularity), G the granularity (how many experts make one of
 
 import itertools
 import math
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -258,7 +259,8 @@ def _values(cells: Sequence[Cell], axis: str) -> list[float]:
 
 
 def _shown(cells: Sequence[Cell], axis: str) -> str:
-    return figures.short(float(np.exp(np.mean([math.log(getattr(cell, axis)) for cell in cells]))))
+    middle = math.exp(statistics.fmean(math.log(getattr(cell, axis)) for cell in cells))
+    return figures.short(float(f"{middle:.6g}"))
 
 
 def _check_separate(cells: Sequence[Cell], axes: list[str]) -> None:

@@ -92,7 +92,14 @@ def fit(results: sweep_results.Results, *, num_resamples: int = robust_fit.NUM_R
     logs = [[math.log(_loss(row, measure)) for row in rows] for rows in groups.values()]
     observed_X = np.array([statistics.fmean(log) for log in logs])
     curve = robust_fit.Curve(at=lambda theta_BP: form.at(cells, theta_BP), starts=form.starts(cells, observed_X))
-    estimate = robust_fit.fit(curve, observed_X, num_resamples=num_resamples, seed=seed)
+    try:
+        estimate = robust_fit.fit(curve, observed_X, num_resamples=num_resamples, seed=seed)
+    except robust_fit.UndeterminedError as error:
+        idle = " and ".join(list(form.meanings)[index] for index in error.indices)
+        raise config.ConfigError(
+            f"points={len(cells)} settings leave {idle} of {form.formula} undetermined: the loss hardly depends on "
+            "them, or rises where the form falls; add points further apart"
+        ) from error
     fitted_X = observed_X - estimate.residual_X
     return Fit(
         formula=form.formula,
