@@ -38,7 +38,7 @@ def sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.workdir is not None and arguments.launcher != "gke":
         workdir = pathlib.Path(arguments.workdir).expanduser().absolute()
         description = folder.describe(points, declared.baseline)
-        for line in folder.check(workdir, description):
+        for line in folder.check(workdir, description, [point.name for point in chosen] if arguments.only else ()):
             processes.say(line)
         if not arguments.dry_run:
             folder.write(workdir, description)

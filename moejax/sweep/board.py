@@ -35,7 +35,7 @@ class Console(runner.Board):
         """rows: the points that are to run or have run, in order."""
         self._workdir, self._rows, self._jobs = workdir, {row.name: row for row in rows}, max(1, jobs)
         self._terminal = sys.stderr.isatty()
-        self._seen: dict[str, tuple[int, dict[str, Any] | None]] = {}  # size of metrics.jsonl, and its last row
+        self._seen: dict[str, tuple[int, dict[str, Any] | None]] = {}  # metrics.jsonl: its time and last row
         self._first: dict[str, tuple[float, int]] = {}  # when the first row of a running point was seen, and its step
         self._drawn = 0  # lines of the table that stand on the terminal
         self._next = 0.0 if self._terminal else time.monotonic() + LOG_EVERY
@@ -136,9 +136,11 @@ class Console(runner.Board):
     def _progress(self, name: str) -> _Progress | None:
         """By the last row of the point's metrics; None before there is any."""
         path = self._workdir / name / "metrics.jsonl"
-        size = path.stat().st_size if path.exists() else 0
-        if name not in self._seen or self._seen[name][0] != size:
-            self._seen[name] = size, _last_row(path) if size else None
+        if not path.exists():
+            return None
+        written = path.stat().st_mtime_ns
+        if name not in self._seen or self._seen[name][0] != written:
+            self._seen[name] = written, _last_row(path)
         row = self._seen[name][1]
         if row is None:
             return None

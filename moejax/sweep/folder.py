@@ -5,10 +5,11 @@ points.json has what each point is. Its run is in the folder of its name, an ord
 of the runners that share the folder.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moejax import config as config_lib
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from moejax.sweep import grid
 
 FILE = "points.json"
+COLLECT_SECONDS = 60.0  # that a runner may take to collect, while others wait
 LOG = "log.txt"  # in a point's folder: what its process has said
 
 
@@ -76,10 +78,13 @@ def read(workdir: pathlib.Path) -> Description | None:
         raise config_lib.ConfigError(f"{path} is no list of points ({error}); choose another --workdir") from None
 
 
-def check(workdir: pathlib.Path, new: Description) -> list[str]:
+def check(workdir: pathlib.Path, new: Description, only: Collection[str] = ()) -> list[str]:
     """Refuses a folder that holds another sweep, or none but something else; reads only.
 
     Points may join a sweep, and settings change on which no result depends (`outcome.free`).
+
+    only: the points that are asked for, where it is not all: then the folder may have others that the sweep has not, as
+    where a job was queued before seeds have joined.
 
     Returns:
       What is new, as lines.
@@ -94,6 +99,8 @@ def check(workdir: pathlib.Path, new: Description) -> list[str]:
     changed = {}
     for name, there in old.configs.items():
         if name not in new.configs:
+            if only:
+                continue
             raise config_lib.ConfigError(
                 f"--workdir={workdir} holds another sweep: its point {name} is not in this one; put it back, or choose "
                 "another --workdir"
@@ -109,13 +116,12 @@ def check(workdir: pathlib.Path, new: Description) -> list[str]:
     return [f"new points: {', '.join(joined)}"] * bool(joined) + list(changed.values())
 
 
-def write(workdir: pathlib.Path, description: Description) -> None:
-    """Writes points.json, whole or not at all, where it says anything else."""
-    points = [
-        {"row": dataclasses.asdict(row), "config": config_lib.to_dict(description.configs[name])}
-        for name, row in description.rows.items()
-    ]
-    text = json.dumps({"baseline": description.baseline, "points": points}, indent=1) + "\n"
+def write(workdir: pathlib.Path, new: Description) -> None:
+    """Writes points.json, whole or not at all, where it says anything else. Points that it has beside these stay."""
+    old = read(workdir) or Description(None, {}, {})
+    rows, configs = new.rows | (old.rows | new.rows), new.configs | (old.configs | new.configs)
+    points = [{"row": dataclasses.asdict(rows[name]), "config": config_lib.to_dict(configs[name])} for name in rows]
+    text = json.dumps({"baseline": new.baseline, "points": points}, indent=1) + "\n"
     path = workdir / FILE
     if not path.exists() or path.read_text() != text:
         files.write(path, text)
@@ -127,7 +133,7 @@ def collect(workdir: pathlib.Path, running: Collection[str] = ()) -> sweep_resul
     running: points that the caller has begun, whose processes may not have their locks yet.
     """
     # an older view must not be written over a newer one
-    with lock.hold(workdir):
+    with _alone(workdir):
         description = read(workdir)
         if description is None:
             raise config_lib.ConfigError(f"--workdir={workdir} has no {FILE}; give it to moejax sweep first")
@@ -138,6 +144,15 @@ def collect(workdir: pathlib.Path, running: Collection[str] = ()) -> sweep_resul
         results = sweep_results.Results(baseline=description.baseline, points=rows)
         sweep_results.write(workdir, results)
     return results
+
+
+@contextlib.contextmanager
+def _alone(workdir: pathlib.Path) -> Iterator[None]:
+    try:
+        with lock.hold(workdir, COLLECT_SECONDS):
+            yield
+    except lock.HeldError as error:
+        raise config_lib.ConfigError(f"--workdir={workdir} is held by {error}; end it, and run again") from None
 
 
 def _row(

@@ -97,9 +97,8 @@ class Runner:
                 self._board.draw([child.name for child in self._children])
                 time.sleep(POLL)
                 if self.stopped and not self._asked_to_stop:
-                    self._stop(
-                        signal.SIGINT
-                    )  # they may have had SIGTERM, as from SLURM; a second would end them at once
+                    # not SIGTERM, which SLURM gives to every process of a job: a second one would end them at once
+                    self._stop(signal.SIGINT)
                 for child in [child for child in self._children if child.process.poll() is not None]:
                     if self._take(child):
                         queue.appendleft(child.name)

@@ -26,7 +26,8 @@ NAMES = ("a_s0", "a_s1", "b_s0", "b_s1")
 
 def describe(names=NAMES, num_steps=NUM_STEPS) -> folder.Description:
     rows, configs = {}, {}
-    for index, name in enumerate(names):
+    for name in names:
+        index = (*NAMES, *names).index(name)
         config = config_lib.Config()
         config.model.period = ("mamba",)
         config.training.num_steps, config.checkpoint.every, config.training.seed = num_steps, SAVE_EVERY, index
