@@ -132,7 +132,8 @@ def iso_active(
 
     Args:
       solve: the field that is solved for, a whole number: model.moe.d_expert, model.moe.top_k,
-        model.moe.num_shared_experts, or any other on which the number depends.
+        model.moe.num_shared_experts, or any other on which the number depends. A grid around this one may set it: for
+        the number to hold.
       like: settings of the base that has the number to hold, in place of the base as it is.
       multiple_of: the field shall be a multiple of it, as where a mesh or a chip's tiles divide it.
     """
@@ -243,7 +244,12 @@ def _joined(rows: Sequence[Row]) -> Row:
         for field, value in row.settings.items():
             checks.require(field not in settings, f"{field} is in two grids of a product or zip; leave one out")
             settings[field] = value
-    return Row("_".join(row.name for row in rows), settings, tuple(held for row in rows for held in row.held))
+    held = tuple(held for row in rows for held in row.held)
+    solved = [one.solve for one in held]
+    for field in solved:
+        alone = solved.count(field) == 1
+        checks.require(alone, f"{field} is solved for by two grids of a product or zip; leave one out")
+    return Row("_".join(row.name for row in rows), settings, held)
 
 
 def _hold(measure: str, grid: Sequence[Row], solve: str, like: Mapping[str, Any] | None, multiple_of: int) -> Grid:
@@ -338,7 +344,6 @@ def _point(row: Row, seed: int, settings: dict[str, Any], config: config_lib.Con
     for field in SEEDS:
         checks.put(config, field, seed)
     rules.validate(config)
-    settings = {field: value for field, value in settings.items() if field not in SEEDS}
     return Point(f"{row.name}_s{seed}", row.name, seed, settings, config, row.settings.get(names.GRANULARITY, 1))
 
 

@@ -10,10 +10,7 @@ from moejax.sweep import cost
 
 TOLERANCE = 0.01  # of what is held constant
 # Fields of which the number of parameters is a straight line, as no parameter has two dims that grow with one of them
-LINEAR = (
-    *("model.moe.d_expert", "model.moe.num_experts", "model.moe.top_k", "model.moe.num_shared_experts"),
-    *("model.mlp.d_ff", "model.num_periods"),
-)
+LINEAR = ("model.moe.d_expert", "model.moe.num_experts", "model.moe.top_k", "model.moe.num_shared_experts")
 _MOST_ROUNDS = 20  # over several goals, until none moves another's field
 
 

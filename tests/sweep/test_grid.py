@@ -146,9 +146,10 @@ def test_only_what_a_constraint_is_given_varies_under_it(base):
 
 
 def test_constraints_that_move_each_others_fields_hold_together(base):
-    rows = grid.iso_flops(grid.iso_total(grid.iso_active(grid.granularity(2, 3)), solve=E))
+    rows = grid.iso_flops(grid.iso_active(grid.iso_total(grid.over(K, 2, 3), solve=E)))
     targets = (active, closed_form.parameters(16, 1, 4, 240)), (total, closed_form.parameters(16, 1, 4, 240, counted=4))
-    for point in grid.points(grid.Sweep(base, rows)):
+    for point, num_experts in zip(grid.points(grid.Sweep(base, rows)), (8, 12), strict=True):
+        assert point.config.model.moe.num_experts == num_experts  # first 4, then the experts become narrower
         for measure, target in targets:
             assert abs(measure(point) / target - 1) <= 0.01
         assert abs(cost.flops(point.config) / closed_form.flops(16, 1, 4, 240, 300, tokens=16_000) - 1) <= 0.01
@@ -187,6 +188,10 @@ def test_what_is_held_may_be_that_of_other_settings_and_a_multiple_may_be_asked_
         (
             lambda: grid.product(grid.over(E, 4), grid.over(E, 8)),
             "model.moe.num_experts is in two grids of a product or zip; leave one out",
+        ),
+        (
+            lambda: grid.product(grid.iso_active(grid.over(E, 4)), grid.iso_total(grid.over(K, 2))),
+            "model.moe.d_expert is solved for by two grids of a product or zip; leave one out",
         ),
         (
             lambda: grid.zipped(grid.over(E, 4, 8), grid.over(K, 1)),

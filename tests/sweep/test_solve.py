@@ -45,7 +45,7 @@ def test_what_does_not_grow_has_no_nearest():
 @pytest.mark.parametrize("field", solve.LINEAR)
 def test_parameters_are_a_straight_line_of_the_fields_that_are_called_so(field):
     config = config_lib.Config()
-    model = config.model = config_lib.ModelConfig(d_model=16, vocab_size=300, period=("mamba_moe|mlp", "moe"))
+    model = config.model = config_lib.ModelConfig(d_model=16, vocab_size=300, period=("mamba_moe",), num_periods=1)
     model.mamba.moe_projections = ("conv", "out")
     model.moe = config_lib.MoeConfig(router="noisy_top_k", num_shared_experts=2, bias=True, activation="swiglu")
     for name in ("active", "total"):
