@@ -250,7 +250,7 @@ def series(groups: Sequence[Numbers]) -> dict[str, list[Numbers]]:
     fields = dict.fromkeys(name for group in groups for name in group["settings"])
     for name in fields:
         values = [group["settings"].get(name) for group in groups]
-        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        if any(isinstance(value, str | bool | list) for value in values):  # a number is one of the axes, or follows
             parts[name] = ["default" if value is None else words.setting(value) for value in values]
     varying = [labels for labels in parts.values() if len(set(labels)) > 1]
     found: dict[str, list[Numbers]] = {}

@@ -1,6 +1,7 @@
 """The page of a sweep's comparison: its words and tables, and the figures that go with them."""
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -72,18 +73,21 @@ def short_names(names: Sequence[str], baseline: str | None) -> dict[str, str]:
 
     Words stand between underscores; one at least is left.
     """
-    words_of = {name: name.split("_") for name in names if name != baseline}
-    if len(words_of) < 2 or max(map(len, words_of)) <= _LONG_NAME:
+    parts = {name: name.split("_") for name in names if name != baseline}
+    if len(parts) < 2 or max(map(len, parts)) <= _LONG_NAME:
         return {name: name for name in names}
-    most = min(map(len, words_of.values())) - 1
-    columns = list(zip(*(parts[:most] for parts in words_of.values()), strict=True))
-    begin = next((index for index, column in enumerate(columns) if len(set(column)) > 1), most)
-    columns = list(zip(*(parts[begin:][-1 : begin - most - 1 : -1] for parts in words_of.values()), strict=True))
-    end = next((index for index, column in enumerate(columns) if len(set(column)) > 1), len(columns))
-    short = {name: "_".join(parts[begin : len(parts) - end]) for name, parts in words_of.items()}
+    begin = _shared(list(parts.values()))
+    end = _shared([part[begin:][::-1] for part in parts.values()])
+    short = {name: "_".join(part[begin : len(part) - end]) for name, part in parts.items()}
     if baseline in short.values():
         return {name: name for name in names}
     return {name: short.get(name, name) for name in names}
+
+
+def _shared(parts: Sequence[list[str]]) -> int:
+    """With how many words all begin, of those that leave one to each."""
+    same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))
+    return min(sum(1 for _ in same), min(map(len, parts)) - 1)
 
 
 def _shortened(labels: Mapping[str, str]) -> list[str]:
@@ -123,7 +127,7 @@ def _summary(found: Numbers) -> str:
         if difference["p"] is not None:
             text += f" (p = {words.probability(difference['p'])})".replace("= <", "< ")
     if ratio is not None:
-        text += f". It reached the loss of {found['baseline']} with {ratio:.2f} times fewer tokens" if ratio > 1 else ""
+        text += f"; {found['baseline']} took {ratio:.2f} times its tokens to the lowest training loss of both"
     return text + "."
 
 

@@ -41,11 +41,12 @@ def write(folders: Sequence[pathlib.Path], output: pathlib.Path | None = None) -
     output = folders[0] / "report.html" if output is None else output
     if output.suffix != ".html":
         raise config.ConfigError(f"output={output} must end in .html, for the numbers go beside it; rename it")
+    sweep = is_sweep(folders)
+    runs = [] if sweep else [run_files.read(folder) for folder in folders]
     if not output.parent.is_dir():
         raise config.ConfigError(f"output={output} lies in a folder that does not exist; make {output.parent}")
-    if is_sweep(folders):
+    if sweep:
         return comparison.write(folders[0], output)
-    runs = [run_files.read(folder) for folder in folders]
     if len({run.name for run in runs}) < len(runs):
         for run, folder in zip(runs, folders, strict=True):
             run.name = str(folder)

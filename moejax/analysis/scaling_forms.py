@@ -18,9 +18,7 @@ from scipy import optimize
 from moejax import config
 from moejax.analysis import figures
 
-_VARIES = (
-    1.1  # ratio from which on two values of an axis differ: a solved grid strays by a percent, a router adds a few
-)
+_VARIES = 1.1  # ratio from which on two values of an axis differ: a solved grid strays by 1%, a router adds a few
 _SEPARATE = 0.02  # share of an axis's variance that the other axes must leave for its effect to be its own
 _SPARE = 2  # cells beyond the coefficients, for their error to be known
 NAMES = {"expansion": "experts", "granularity": "granularity", "active": "active parameters", "tokens": "tokens"}
@@ -74,7 +72,7 @@ def choose(cells: Sequence[Cell]) -> Form:
             f"experts={experts[0]:g} is the only number of experts of the finished points, and the law is about its "
             "effect; add points with others"
         )
-    axes = [axis for axis in NAMES if len(_values(cells, axis)) > 1]
+    axes = [axis for axis in NAMES if len(_distinct(cells, axis)) > 1]
     _check_separate(cells, axes)
     return FineGrained(cells, axes) if "granularity" in axes else Bilinear(cells, axes)
 
@@ -134,11 +132,11 @@ class Bilinear:
 
 
 class FineGrained:
-    """L = c + (g / G^gamma + a) / N^alpha + b / D^beta, arXiv 2402.07871 eq. 9.
+    """L = c + (g / G^gamma + a) / N^alpha + b / D^beta, arXiv 2402.07871.
 
-    The paper holds the expansion rate; where it varies, the middle term has a factor E^delta. All but delta are
-    positive and searched by their logarithms; a, b and g as they are at the middle of the grid, for there they hardly
-    depend on the exponents.
+    The paper holds the expansion rate; where it varies, the middle term has a factor E^delta. All but c and delta
+    are positive and searched by their logarithms; a, b and g as they are at the middle of the grid, for there they
+    hardly depend on the exponents.
     """
 
     source = "the form of arXiv 2402.07871"
@@ -146,7 +144,7 @@ class FineGrained:
 
     def __init__(self, cells: Sequence[Cell], axes: list[str]):
         for axis in axes:
-            values = _values(cells, axis)
+            values = _distinct(cells, axis)
             if len(values) < 3:
                 both = " and ".join(map(figures.short, values))
                 raise config.ConfigError(
@@ -249,7 +247,7 @@ def _exp(power: np.ndarray) -> np.ndarray:
 # --- what the grid identifies ----------------------------------------------------------------------------------------
 
 
-def _values(cells: Sequence[Cell], axis: str) -> list[float]:
+def _distinct(cells: Sequence[Cell], axis: str) -> list[float]:
     """The values of an axis, ascending; those that hardly differ count as one."""
     found: list[float] = []
     for value in sorted(getattr(cell, axis) for cell in cells):

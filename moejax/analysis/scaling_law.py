@@ -213,7 +213,7 @@ def table(law: Fit) -> str:
     lines += ["", f"{'doubling':<18}{'loss':>8}   {percent} (at the middle of the grid)"]
     for axis, one in law.doublings.items():
         lines.append(f"{scaling_forms.NAMES[axis]:<18}{one.value:>+8.2%}   {_range(one, '+.2%')}")
-    width = max(len(setting.group) for setting in law.settings)
+    width = max(len("setting"), *(len(setting.group) for setting in law.settings))
     lines += ["", f"{'setting':<{width}}{'seeds':>7}{'loss':>9}{'fitted':>9}{'residual':>10}"]
     for setting in law.settings:
         residual = math.log(setting.observed / setting.fitted)
@@ -223,10 +223,14 @@ def table(law: Fit) -> str:
     deviation = f"residuals' standard deviation {law.residual_deviation:.2%}"
     if law.seed_deviation is not None:
         deviation += f"; of a point about its setting's mean {law.seed_deviation:.2%}"
-    lines += [deviation, "", f"{'EXTRAPOLATED':<34}{'loss':>9}   {percent}; no point is there to check it"]
-    for beyond in law.extrapolations:
-        place = f"{scaling_forms.NAMES[beyond.axis]} {figures.short(beyond.value)} ({beyond.factor}x the largest)"
-        lines.append(f"{place:<34}{beyond.loss.value:>9.4f}   {_range(beyond.loss, '.4f')}")
+    places = [
+        f"{scaling_forms.NAMES[one.axis]} {figures.short(one.value)} ({one.factor}x the largest)"
+        for one in law.extrapolations
+    ]
+    width = max(map(len, places))
+    lines += [deviation, "", f"{'EXTRAPOLATED':<{width}}{'loss':>9}   {percent}; no point is there to check it"]
+    for place, one in zip(places, law.extrapolations, strict=True):
+        lines.append(f"{place:<{width}}{one.loss.value:>9.4f}   {_range(one.loss, '.4f')}")
     return "\n".join(lines + [""] * bool(law.notes) + [f"not in the law: {note}" for note in law.notes])
 
 

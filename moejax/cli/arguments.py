@@ -196,7 +196,7 @@ def build() -> argparse.ArgumentParser:
     writes_json(sub)
 
     sub = command("report", commands_lib.report, "moejax report runs/a runs/b")
-    sub.add_argument("folders", nargs="+", type=pathlib.Path, metavar="DIR", help="folders of runs")
+    sub.add_argument("folders", nargs="+", type=pathlib.Path, metavar="DIR", help="folders of runs, or that of a sweep")
     sub.add_argument("--output", type=pathlib.Path, help="page to write (default: report.html in the first folder)")
 
     about = "Prepares a corpus, and shows it."

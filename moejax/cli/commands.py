@@ -153,13 +153,14 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def report(arguments: argparse.Namespace, _: list[str]) -> int:
     """One self-contained HTML page about one run or several, or about a sweep."""
-    from moejax.analysis import generation, run_files
     from moejax.analysis import report as report_lib
-    from moejax.training import compiled
 
-    if report_lib.is_sweep(arguments.folders):
+    if report_lib.is_sweep(arguments.folders):  # whose points have their evaluation already
         print(report_lib.write(arguments.folders, arguments.output))
         return 0
+    from moejax.analysis import generation, run_files
+    from moejax.training import compiled
+
     compiled.keep_programs()
     for folder in arguments.folders:
         run_files.read(folder)  # refuses what is not a run's folder before anything is computed

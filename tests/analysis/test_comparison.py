@@ -12,7 +12,7 @@ from report_pages import Page
 from sweep_folders import TOKENS, curve, make_metrics, make_row, make_sweep
 
 from moejax import config
-from moejax.analysis import comparison, comparison_figures, report
+from moejax.analysis import comparison, comparison_figures, comparison_page, report
 from moejax.cli import commands
 
 ERROR = "the loss of step 31 is not finite (loss nan, gradient norm 3.1)"
@@ -212,10 +212,9 @@ def test_the_page_has_the_numbers_of_the_json(written, found):
         assert f"{group['loss']['mean']:.3f} ± {group['loss']['deviation']:.3f}" in text
     best = found["groups"][2]
     assert f"Of 3 settings, e4_k1 has the lowest validation loss: {best['loss']['mean']:.3f} ± " in text
-    signed = (
-        f"{best['difference']['mean']:+.3f} ({best['difference']['low']:+.3f} to {best['difference']['high']:+.3f})"
-    )
-    row = f"{signed} {best['difference']['p']:.3f} {best['speedup']['mean']:.2f} ± {best['speedup']['deviation']:.2f}"
+    loss = best["difference"]
+    row = f"{loss['mean']:+.3f} {loss['low']:+.3f} to {loss['high']:+.3f} {loss['p']:.3f} "
+    row += f"{best['speedup']['mean']:.2f} ± {best['speedup']['deviation']:.2f}"
     assert f"{row} 2 of 3" in text.replace("−", "-")
     assert "94% of it is still the loss of the first step" in text  # 0.999^59
 
@@ -230,8 +229,8 @@ def test_the_page_stands_alone_and_its_ids_are_unique(written):
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert len(page.ids) == len(set(page.ids))
     assert page.references <= set(page.ids)
-    # four of the loss, two and one of the final loss, speed-up; imbalance, entropy, unused, dropped; load of two
-    assert page.tags.count("svg") == 4 + 3 + 1 + 4 + 2
+    # four of the loss, three of the final loss, speed-up; imbalance, entropy, unused, dropped; load of four experts
+    assert page.tags.count("svg") == 4 + 3 + 1 + 4 + 1
 
 
 def test_every_setting_is_in_every_legend(written):
@@ -256,8 +255,8 @@ def test_a_sweep_that_has_not_begun_has_a_page(tmp_path):
 
 
 def test_settings_that_differ_in_more_than_experts_are_lines_of_their_own():
-    def group(name, experts, active, **settings):
-        axes = {"experts": experts, "granularity": 1, "top_k": 1}
+    def group(name, number, active, **settings):
+        axes = {"experts": number, "granularity": 1, "top_k": 1}
         about = {"group": name, "axes": axes, "settings": settings}
         return about | {"non_embedding_active": active, "tokens": 1e9, "non_embedding_total": 1}
 
@@ -270,6 +269,21 @@ def test_settings_that_differ_in_more_than_experts_are_lines_of_their_own():
         "900,000 active, default": ["l1", "l8"],
         "100,000 active, hash": ["r8"],
     }
+
+
+def test_long_names_lose_what_all_but_the_baseline_share():
+    names = ["mamba", "model_router_switch_e4_c1", "model_router_hash_e4_c1", "model_router_hash_e16_c1"]
+    assert list(comparison_page.short_names(names, "mamba").values()) == ["mamba", "switch_e4", "hash_e4", "hash_e16"]
+    assert list(comparison_page.short_names(["mamba", "e1_k1", "e4_k1"], "mamba").values()) == [
+        "mamba",
+        "e1_k1",
+        "e4_k1",
+    ]
+    # a word is left of each, and no two are called the same
+    nested = ["a_long_beginning_e1", "a_long_beginning_e1_k2", "a_long_beginning"]
+    assert list(comparison_page.short_names(nested, None).values()) == ["beginning_e1", "beginning_e1_k2", "beginning"]
+    same = ["mamba", "a_long_beginning_mamba", "a_long_beginning_moe"]
+    assert list(comparison_page.short_names(same, "mamba").values()) == same
 
 
 # --- report ----------------------------------------------------------------------------------------------------------

@@ -112,7 +112,8 @@ def stop(*_):
     sys.exit(1)
 signal.signal(signal.SIGINT, stop)
 (folder / "begun").write_text(f"{os.getppid()} ")
-while not (folder / "saved").exists():
+parent = os.getppid()
+while not (folder / "saved").exists() and os.getppid() == parent:
     time.sleep(0.01)
 """
 
