@@ -43,10 +43,10 @@ def arguments(file, *more, name="--name=Study", workdir="gs://bucket/runs/a b"):
 
 def test_each_point_is_a_job_set_whose_pods_train_that_point(file, tmp_path, capsys):
     flags = ("--config.training.num_steps=123", "--config.data.source=files:/a b/c'd\"e$(HOSTNAME)")
-    assert cli.run(arguments(file, "--dry-run", "--seeds=0,3", *flags)) == 0
+    assert cli.run(arguments(file, "--dry-run", "--seeds=3", *flags)) == 0
     manifests = list(yaml.safe_load_all(capsys.readouterr().out))
-    points = grid.points(overrides.read_sweep(str(file), list(flags), seeds="0,3"))
-    assert len(manifests) == len(points) == 10
+    points = grid.points(overrides.read_sweep(str(file), list(flags), seeds="3"))
+    assert len(manifests) == len(points) == 5
     tools = launches.make_tools(tmp_path)
     for manifest, point in zip(manifests, points, strict=True):
         job_set.check(manifest)
@@ -55,9 +55,7 @@ def test_each_point_is_a_job_set_whose_pods_train_that_point(file, tmp_path, cap
         train, workdir, config, *rest = launches.calls(tools)[-1][0]
         assert (train, workdir) == ("train", f"--workdir=/mnt/gcs/bucket/runs/a b/{point.name}")
         assert overrides.read_config(config.removeprefix("--config="), rest) == point.config
-    assert [manifest["metadata"]["name"] for manifest in manifests[:3]] == [
-        "study-mamba-s0", "study-mamba-s3", "study-lr0-001-s0",
-    ]  # fmt: skip
+    assert [manifest["metadata"]["name"] for manifest in manifests[:2]] == ["study-mamba-s3", "study-lr0-001-s3"]
 
 
 def test_the_manifests_are_part_of_the_json(file, capsys):
