@@ -26,9 +26,9 @@ def load(path):
     return module
 
 
-def find_configs():
+def find_configs(pattern):
     """(file:function, function) of every public function that needs no argument and returns a Config."""
-    for path in sorted(FOLDER.rglob("*.py")):
+    for path in sorted(FOLDER.glob(pattern)):
         for name, function in inspect.getmembers(load(path), inspect.isfunction):
             parameters = inspect.signature(function).parameters.values()
             needs_none = all(parameter.default is not parameter.empty for parameter in parameters)
@@ -38,7 +38,7 @@ def find_configs():
                     yield pytest.param(function, id=f"{path.relative_to(FOLDER)}:{name}")
 
 
-@pytest.mark.parametrize("function", list(find_configs()))
+@pytest.mark.parametrize("function", list(find_configs("*.py")))
 def test_a_config_is_valid_and_its_model_runs_on_its_rows(function):
     """By shapes alone: nothing is allocated or compiled. Training needs a gradient of the same shapes."""
     c = function()
@@ -58,7 +58,7 @@ def test_a_config_is_valid_and_its_model_runs_on_its_rows(function):
 
 
 def test_every_file_has_a_config_and_a_lab_book():
-    found = {str(parameter.id).partition(":")[0] for parameter in find_configs()}
+    found = {str(parameter.id).partition(":")[0] for parameter in find_configs("**/*.py")}
     for path in FOLDER.rglob("*.py"):
         assert str(path.relative_to(FOLDER)) in found
         assert load(path).__doc__

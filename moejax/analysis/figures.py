@@ -23,9 +23,9 @@ from matplotlib import lines as mpl_lines
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MAX_BINS = 200  # of a heat map or an averaged curve: about what the width of a page can show
 _DASHES = ("-", "--", ":", "-.")
-_MARKERS = ("D", "o", "s", "^")
+MARKERS = ("D", "o", "s", "^")
 _MOST_RAW = 4  # runs whose every training step is drawn; those of more hide each other
-WIDE, NARROW = 5.2, 3.7  # inches; a phone shows both at about their size, a wide page scales them up
+WIDE, MEDIUM, NARROW = 5.2, 4.4, 3.7  # inches; a phone shows them at about their size, a wide page scales them up
 _LONGEST_LABEL = 40  # characters of a run's name that fit the narrow width
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text, not outlines: it can be selected and searched, and is a third of the bytes
@@ -54,6 +54,14 @@ class Panel:
     caption: str  # how to read it
     svg: str  # an <svg> element
     wide: bool = False  # across the page, not in a column
+
+
+@dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
+class Style:
+    """How the line of a run is drawn in every figure of a page."""
+
+    colour: str
+    dashes: str
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -159,7 +167,7 @@ def _draw_loss(
                 run.steps_S[seen_S],
                 run.validation_S[seen_S],
                 linestyle="none",
-                marker=_MARKERS[index // len(PALETTE) % len(_MARKERS)],
+                marker=MARKERS[index // len(PALETTE) % len(MARKERS)],
                 markersize=size,
                 color=PALETTE[1] if len(curves) == 1 else colour,
                 markeredgecolor="white" if len(curves) == 1 else "black",
@@ -171,7 +179,7 @@ def _draw_loss(
             else:
                 handles = {"training step": raw, "moving average": ema}
                 handles |= {"validation": validation} if seen_S.any() else {}
-        _legend(figure, handles)
+        legend(figure, handles)
         shown = sorted((level, label) for label, level in baselines.items() if limits[0] <= level <= limits[1])
         lowest = -np.inf
         for level, label in shown:
@@ -199,6 +207,7 @@ def lines(
     ordered: bool = False,
     wide: bool = False,
     level: tuple[str, float] | None = None,
+    styles: Mapping[str, Style] | None = None,
 ) -> Panel:
     """Curves label -> (steps, values) in one small figure; the legend is left out where there is one curve.
 
@@ -213,6 +222,7 @@ def lines(
         ordered: more curves than colours are shaded from first to last, as layers are; else dashes tell them apart.
         wide: across the page.
         level: (label, value) of a horizontal line to compare with.
+        styles: of labels; None means by their order.
     """
     with matplotlib.rc_context(STYLE):
         figure = mpl_figure.Figure(figsize=(WIDE, 2.8) if wide else (NARROW, 2.5))
@@ -223,26 +233,39 @@ def lines(
             handles[label] = axes.plot(
                 steps_S,
                 values_S,
-                color=_shade(index, len(curves)) if ordered else _colour(index),
-                linestyle=_dashes(index),
+                color=styles[label].colour if styles else _shade(index, len(curves)) if ordered else _colour(index),
+                linestyle=styles[label].dashes if styles else _dashes(index),
                 linewidth=1.1,
                 marker=marker,
             )[0]
         if level is not None:
             handles[level[0]] = axes.axhline(level[1], color="#555555", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         if len(handles) > 1:
-            _legend(figure, handles)
+            legend(figure, handles)
         drawn = np.concatenate([values_S for _, values_S in curves.values()])
         drawn = drawn[np.isfinite(drawn)]
         if wide_range and drawn.size and drawn.min() > 0 and drawn.max() > 20 * drawn.min():
             axes.set_yscale("log")
             axes.yaxis.set_minor_formatter(ticker.NullFormatter())
         elif from_zero:
-            axes.set_ylim(0, 1.08 * drawn.max() if drawn.size and drawn.max() > 0 else 1)
+            some = drawn.size and drawn.max() > 0
+            axes.set_ylim(*((0, 1.08 * drawn.max()) if some else (-0.02, 1)))  # zeros stay clear of the axis
         axes.yaxis.set_major_formatter(ticker.FuncFormatter(short))
         axes.set_ylabel(ylabel)
         step_axis(axes)
         return Panel(title=title, caption=caption, svg=svg(figure, name), wide=wide)
+
+
+def style(labels: Sequence[str], reference: str | None) -> dict[str, Style]:
+    """A style a label, in their order; that of the reference is black, and no other's is."""
+    others = [label for label in labels if label != reference]
+    chosen = {
+        label: Style(
+            colour=PALETTE[index % (len(PALETTE) - 1)], dashes=_DASHES[index // (len(PALETTE) - 1) % len(_DASHES)]
+        )
+        for index, label in enumerate(others)
+    }
+    return {label: chosen.get(label, Style(colour=PALETTE[-1], dashes="-")) for label in labels}
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -275,7 +298,7 @@ def step_axis(axes: mpl_axes.Axes) -> None:
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(short))
 
 
-def _legend(figure: mpl_figure.Figure, handles: Mapping[str, mpl_lines.Line2D]) -> None:
+def legend(figure: mpl_figure.Figure, handles: Mapping[str, mpl_lines.Line2D]) -> None:
     """A legend above the axes, where it covers no curve; the figure grows by its rows."""
     labels = [plain(label) for label in handles]
     fitting = int(15 * figure.get_figwidth()) // (max(map(len, labels)) + 6)  # 15 characters an inch; 6 for the sample

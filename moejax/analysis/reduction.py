@@ -39,9 +39,9 @@ def reduce(config: config_lib.Config, named: Collection[str], num_devices: int) 
     used["mamba"] = model.uses("mamba") or model.uses("mamba_moe")
 
     def change(path: str, value: Any) -> None:
-        group, _, name = path.rpartition(".")
+        group = path.rpartition(".")[0]
         if path not in named and used.get(group.removeprefix("model."), True):
-            setattr(checks.get(small, group), name, value)
+            checks.put(small, path, value)
 
     def at_most(path: str, size: int) -> None:
         change(path, min(checks.get(small, path), size))

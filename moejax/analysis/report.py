@@ -6,7 +6,6 @@ report can be made while the run goes on, and on a machine without jax.
 
 # S steps
 
-import dataclasses
 import json
 import math
 import pathlib
@@ -14,37 +13,21 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from moejax import config, files
-from moejax.analysis import figures, routing_report, words
+from moejax.analysis import comparison, figures, pages, routing_report, run_files, sweep_results, words
 
 NUM_SAMPLES = 2  # newest samples shown
 _BASELINES = ("uniform", "unigram", "bigram")
 _VALIDATION = ("step", "loss", "perplexity", "bits_per_byte", "tokens", "documents")
 
 
-@dataclasses.dataclass(kw_only=True, slots=True)
-class Run:
-    """What a run's folder holds, as read."""
-
-    name: str  # the folder's name
-    config: dict[str, Any]  # every leaf by its dotted path
-    rows: list[dict[str, Any]]  # of metrics.jsonl, one a step, ascending; never empty
-    evaluation: dict[str, Any] | None  # eval.json
-    samples: list[dict[str, Any]]  # samples.jsonl
-
-    def column(self, name: str) -> np.ndarray:
-        """One scalar of the metrics, an entry a step; NaN where a row has none or null."""
-        return np.array([row.get(name) for row in self.rows], float)
-
-
 def write(folders: Sequence[pathlib.Path], output: pathlib.Path | None = None) -> pathlib.Path:
     """Writes the page of these runs, and its numbers as JSON beside it; each appears whole or not at all.
 
     Args:
-        folders: runs' folders, the --workdir of `moejax train`.
+        folders: runs' folders, the --workdir of `moejax train`; or one sweep's folder, whose page is `comparison`'s.
         output: the page, `*.html`; None means `report.html` in the first folder.
 
     Returns:
@@ -58,16 +41,27 @@ def write(folders: Sequence[pathlib.Path], output: pathlib.Path | None = None) -
     output = folders[0] / "report.html" if output is None else output
     if output.suffix != ".html":
         raise config.ConfigError(f"output={output} must end in .html, for the numbers go beside it; rename it")
-    runs = [read(folder) for folder in folders]
+    sweep = is_sweep(folders)
+    runs = [] if sweep else [run_files.read(folder) for folder in folders]
+    if not output.parent.is_dir():
+        raise config.ConfigError(f"output={output} lies in a folder that does not exist; make {output.parent}")
+    if sweep:
+        return comparison.write(folders[0], output)
     if len({run.name for run in runs}) < len(runs):
         for run, folder in zip(runs, folders, strict=True):
             run.name = str(folder)
-    if not output.parent.is_dir():
-        raise config.ConfigError(f"output={output} lies in a folder that does not exist; make {output.parent}")
     results = [_numbers(run) for run in runs]
     files.write(output, _page(runs, results))
     files.write(output.with_suffix(".json"), json.dumps({"runs": results}, indent=2, allow_nan=False) + "\n")
     return output
+
+
+def is_sweep(folders: Sequence[pathlib.Path]) -> bool:
+    """Whether it is a sweep that the page is about; raises ConfigError if it is a sweep and something else."""
+    sweeps = [folder for folder in folders if (folder / sweep_results.FILE).is_file()]
+    if sweeps and len(folders) > 1:
+        raise config.ConfigError(f"{sweeps[0]} is a sweep, which has a page of its own; name it alone")
+    return bool(sweeps)
 
 
 def numbers(folder: pathlib.Path) -> dict[str, Any]:
@@ -76,42 +70,13 @@ def numbers(folder: pathlib.Path) -> dict[str, Any]:
     Losses are in nats a token, `difference` is the model's loss less the baseline's. `routing` is described at
     `routing_report.numbers`.
     """
-    return _numbers(read(folder))
-
-
-def read(folder: pathlib.Path) -> Run:
-    """Reads a run's folder; raises ConfigError if it is not one."""
-    if not folder.is_dir():
-        raise config.ConfigError(f"{folder} does not exist; name a run's folder, the --workdir of moejax train")
-    for name in ("metrics.jsonl", "config.json"):
-        if not (folder / name).is_file():
-            raise config.ConfigError(f"{folder} has no {name}; name a run's folder, the --workdir of moejax train")
-    # A step that stands twice counts once, as it was written last.
-    rows = {row["step"]: row for row in files.read_rows(folder / "metrics.jsonl")}
-    if not rows:
-        raise config.ConfigError(f"{folder}/metrics.jsonl has no complete row yet; wait for the first step")
-    evaluation, samples = folder / "eval.json", folder / "samples.jsonl"
-    return Run(
-        name=folder.resolve().name,
-        config=_flatten(files.read_json(folder / "config.json")),
-        rows=[rows[step] for step in sorted(rows)],
-        evaluation=files.read_json(evaluation) if evaluation.is_file() else None,
-        samples=files.read_rows(samples) if samples.is_file() else [],
-    )
-
-
-def _flatten(values: dict[str, Any], path: str = "") -> dict[str, Any]:
-    # config.flatten would refuse a run of another version, whose fields differ.
-    flat = {}
-    for name, value in values.items():
-        flat |= _flatten(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
-    return flat
+    return _numbers(run_files.read(folder))
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def _numbers(run: Run) -> dict[str, Any]:
+def _numbers(run: run_files.Run) -> dict[str, Any]:
     validation = _validation(run)
     speeds = [row["tokens_per_second"] for row in run.rows if row.get("tokens_per_second") is not None]
     baselines = (run.evaluation or {}).get("baselines", {})
@@ -138,7 +103,7 @@ def _numbers(run: Run) -> dict[str, Any]:
     }
 
 
-def _validation(run: Run) -> dict[str, Any] | None:
+def _validation(run: run_files.Run) -> dict[str, Any] | None:
     """The newest loss on the held-out split: of eval.json, or of a later step's evaluation if the run went on."""
     seen = [row for row in run.rows if row.get("validation_loss") is not None]
     done = run.evaluation
@@ -195,19 +160,11 @@ def _comparison(results: Sequence[dict[str, Any]]) -> str:
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def _page(runs: Sequence[Run], results: Sequence[dict[str, Any]]) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for name in ("number", "signed", "short", "duration", "load", "percent"):
-        environment.filters[name] = getattr(words, name)
+def _page(runs: Sequence[run_files.Run], results: Sequence[dict[str, Any]]) -> str:
     paths = list(dict.fromkeys(path for run in runs for path in run.config))
     settings = [(path, [run.config.get(path, words.MISSING) for run in runs]) for path in paths]
-    return environment.get_template("report.html.j2").render(
+    return pages.render(
+        "report.html.j2",
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         summary=_summary(results[0]) if len(runs) == 1 else _comparison(results),
         results=results,
@@ -219,7 +176,7 @@ def _page(runs: Sequence[Run], results: Sequence[dict[str, Any]]) -> str:
             for index, (run, result) in enumerate(zip(runs, results, strict=True))
             if result["routing"]
         ],
-        routing_compared=routing_report.comparison_panels({run.name: run.rows for run in runs})
+        routing_compared=routing_report.comparison_panels({run.name: routing_report.curves(run.rows) for run in runs})
         if len(runs) > 1
         else [],
         layer_mean=routing_report.layer_mean,
@@ -229,7 +186,7 @@ def _page(runs: Sequence[Run], results: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _loss_panel(runs: Sequence[Run], results: Sequence[dict[str, Any]]) -> figures.Panel:
+def _loss_panel(runs: Sequence[run_files.Run], results: Sequence[dict[str, Any]]) -> figures.Panel:
     curves = [
         figures.LossCurves(
             name=run.name,
@@ -246,7 +203,7 @@ def _loss_panel(runs: Sequence[Run], results: Sequence[dict[str, Any]]) -> figur
     return figures.loss("loss", curves, known[0] if known and all(levels == known[0] for levels in known) else {})
 
 
-def _progress_panels(runs: Sequence[Run]) -> list[figures.Panel]:
+def _progress_panels(runs: Sequence[run_files.Run]) -> list[figures.Panel]:
     speed = "Tokens trained on per second. The first step compiles; a later dip is a pause of machine or data."
     rate = "The schedule as it was applied: a linear warmup to the peak, then the decay."
     norm = "Global norm before clipping. Spikes that the loss follows are a sign of too high a learning rate."
@@ -268,7 +225,7 @@ def _progress_panels(runs: Sequence[Run]) -> list[figures.Panel]:
     ]
 
 
-def _routing(run: Run, routing: dict[str, Any], name: str) -> dict[str, Any]:
+def _routing(run: run_files.Run, routing: dict[str, Any], name: str) -> dict[str, Any]:
     choices = routing["specialisation"]
     return {
         "name": run.name,

@@ -5,6 +5,7 @@ Every statistic may be missing: which ones a run has depends on its router and o
 
 # S steps, N bins of steps, M MoE layers, E experts, T labels
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -280,51 +281,85 @@ def _held_out(choices: Mapping[str, Any] | None, name: str) -> list[figures.Pane
     return drawn
 
 
-def comparison_panels(runs: Mapping[str, Rows]) -> list[figures.Panel]:
-    """Entropy and imbalance of every MoE run, averaged over its layers; runs: name -> rows."""
-    runs = {name: rows for name, rows in runs.items() if column(rows, "load")[0].size}
-    if not runs:
-        return []
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Curves:
+    """A run's routing over its steps, averaged over its layers."""
 
-    def curves(statistic: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        found = {name: column(rows, statistic) for name, rows in runs.items()}
-        binned = {name: figures.bin_means(*pair) for name, pair in found.items() if pair[0].size}
-        return {name: (steps_N, _over_layers(values_NM)) for name, (steps_N, values_NM) in binned.items()}
+    num_experts: int
+    statistics: dict[str, tuple[np.ndarray, np.ndarray]]  # name -> (steps_N, values_N), of those that it has
 
-    nums = {column(rows, "load")[1].shape[2] for rows in runs.values()}
+
+def curves(rows: Rows) -> Curves | None:
+    """What `comparison_panels` draws of a run; None for a model without MoE."""
+    load_SME = column(rows, "load")[1]
+    if not load_SME.size:
+        return None
+    found = {}
+    for name in ("max_load", "unused_experts", "dropped", "router_entropy", "churn"):
+        steps_S, values_SM = column(rows, name)
+        if steps_S.size:
+            steps_N, values_NM = (steps_S, values_SM) if name == "churn" else figures.bin_means(steps_S, values_SM)
+            found[name] = (steps_N, np.array([_mean(values_M) for values_M in values_NM]))
+    return Curves(num_experts=load_SME.shape[2], statistics=found)
+
+
+def comparison_panels(
+    runs: Mapping[str, Curves | None], styles: Mapping[str, figures.Style] | None = None
+) -> list[figures.Panel]:
+    """The routing of every MoE run, averaged over its layers; runs: name -> `curves`. styles: of names, for all."""
+    found = {name: run for name, run in runs.items() if run is not None}
+
+    def panel(name: str, statistic: str, **drawing: Any) -> figures.Panel | None:
+        drawn = {run: found[run].statistics[statistic] for run in found if statistic in found[run].statistics}
+        return figures.lines(f"runs-{name}", drawn, styles=styles, **drawing) if drawn else None
+
+    nums = {run.num_experts for run in found.values()}
     num_experts = nums.pop() if len(nums) == 1 else None
+    even = (f"ln {num_experts} = {math.log(num_experts):.2f}", math.log(num_experts)) if num_experts else None
     drawn = [
-        figures.lines(
-            "runs-imbalance",
-            curves("max_load"),
+        panel(
+            "imbalance",
+            "max_load",
             title="Imbalance of the runs",
             caption="Load of the busiest expert in each step, averaged over the layers. 1 is perfect balance.",
             ylabel="largest load (× balanced)",
             wide_range=True,
-            wide=True,
             level=("balanced", 1.0),
-        )
+        ),
+        panel(
+            "entropy",
+            "router_entropy",
+            title="Router entropy of the runs",
+            caption="How undecided each router is about a token, averaged over the layers; at 0 its choice is "
+            "certain. ln E, the most there is, is an even choice among E experts.",
+            ylabel="entropy (nats)",
+            from_zero=True,
+            level=even,
+        ),
+        panel(
+            "unused",
+            "unused_experts",
+            title="Unused experts of the runs",
+            caption="Share of the experts that got no token in a step, averaged over the layers.",
+            ylabel="share of experts",
+            from_zero=True,
+        ),
+        panel(
+            "dropped",
+            "dropped",
+            title="Dropped tokens of the runs",
+            caption="Share of the routed tokens that found their expert full, averaged over the layers.",
+            ylabel="share dropped",
+            from_zero=True,
+        ),
+        panel(
+            "churn",
+            "churn",
+            title="Churn of the runs",
+            caption="Share of the tokens of a fixed held-out batch whose preferred expert is another than at the "
+            "evaluation before, averaged over the layers.",
+            ylabel="share of tokens",
+            from_zero=True,
+        ),
     ]
-    entropy = curves("router_entropy")
-    if entropy:
-        drawn.append(
-            figures.lines(
-                "runs-entropy",
-                entropy,
-                title="Router entropy of the runs",
-                caption="How undecided each router is about a token, averaged over the layers; at 0 its choice is "
-                "certain. ln E, the most there is, is an even choice among E experts.",
-                ylabel="entropy (nats)",
-                from_zero=True,
-                wide=True,
-                level=(f"ln {num_experts} = {math.log(num_experts):.2f}", math.log(num_experts))
-                if num_experts
-                else None,
-            )
-        )
-    return drawn
-
-
-def _over_layers(values_NM: np.ndarray) -> np.ndarray:
-    """The mean of the finite values, NaN if there is none."""
-    return np.array([_mean(values_M) for values_M in values_NM])
+    return [one for one in drawn if one is not None]

@@ -1,8 +1,13 @@
 """How the report writes numbers."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from moejax.analysis import figures
 
 MISSING = "–"
+FILTERS = ("number", "signed", "short", "duration", "load", "percent", "flops", "spread", "probability")  # of templates
+_PREFIXES = {1e21: "Z", 1e18: "E", 1e15: "P", 1e12: "T", 1e9: "G", 1e6: "M"}
 
 
 def number(value: float | None, places: int = 3) -> str:
@@ -41,3 +46,33 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, hours = whole // 60, whole // 3600
     return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min {whole % 60} s"
+
+
+def flops(value: float | None) -> str:
+    """1.2e15 is 1.2 PFLOP."""
+    if value is None:
+        return MISSING
+    size, unit = flops_unit(value)
+    return f"{value / size:.3g} {unit}"
+
+
+def flops_unit(largest: float) -> tuple[float, str]:
+    """(size, name) of the unit that suits values up to this."""
+    found = next(((size, prefix) for size, prefix in _PREFIXES.items() if largest >= size), (1.0, ""))
+    return found[0], f"{found[1]}FLOP"
+
+
+def spread(value: Mapping[str, float | None], places: int = 3) -> str:
+    """{"mean": 3.7, "deviation": 0.01} is 3.700 ± 0.010; without a deviation the mean alone, without a mean a dash."""
+    deviation = value["deviation"]
+    return number(value["mean"], places) + ("" if deviation is None else f" ± {number(deviation, places)}")
+
+
+def probability(value: float | None) -> str:
+    """0.0123 is 0.012, 0.0001 is <0.001; None a dash."""
+    return "<0.001" if value is not None and value < 0.001 else number(value)
+
+
+def setting(value: Any) -> str:
+    """A config's value: ("mamba", "moe") is mamba, moe."""
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

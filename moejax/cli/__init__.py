@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(argv: list[str]) -> int:
     """Runs a subcommand; returns the exit status."""
     try:
-        arguments, rest = arguments_lib.build().parse_known_args(argv)
+        arguments, rest = arguments_lib.parse(argv)
         if rest and not hasattr(arguments, "config"):
             raise config_lib.ConfigError(f"{rest[0]} is not an argument of moejax {arguments.command}; see --help")
         return arguments.function(arguments, rest)

@@ -7,11 +7,23 @@ from typing import Any
 
 from moejax import config as config_lib
 from moejax.cli import commands as commands_lib
+from moejax.cli import sweep as sweep_lib
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise config_lib.ConfigError(f"{message}; see {self.prog} --help")
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments of a subcommand, with `after` for what follows `--`; and those that it does not know."""
+    cut = argv.index("--") if "--" in argv else len(argv)
+    words = [" ".join(argv[:2]), *argv[2:cut]] if argv[:2] == ["sweep", "fit"] else argv[:cut]
+    arguments, rest = build().parse_known_args(words)
+    arguments.after = argv[cut + 1 :]
+    if arguments.after and arguments.function is not sweep_lib.sweep:
+        raise config_lib.ConfigError(f"-- {arguments.after[0]} is not for moejax {arguments.command}; see --help")
+    return arguments, rest
 
 
 def build() -> argparse.ArgumentParser:
@@ -134,8 +146,57 @@ def build() -> argparse.ArgumentParser:
     )
     writes_json(sub)
 
+    sub = command(
+        "sweep",
+        sweep_lib.sweep,
+        "moejax sweep --config=configs/sweeps/experts_mini.py --workdir=runs/experts_mini --jobs=2",
+    )
+    sub.add_argument("--config", required=True, metavar="FILE[:ARG]", help="Python file with get_sweep(ARG)")
+    sub.add_argument_group("overrides", "--config.a.b=VALUE sets a field of the base that the points differ from")
+    sub.add_argument("--workdir", metavar="DIR", help="the sweep's folder; a call on the same folder goes on")
+    sub.add_argument("--seeds", default="", metavar="I,I", help="in place of those in the file, e.g. 0,1,2")
+    sub.add_argument("--only", default="", metavar="NAME,NAME", help="run these points alone")
+    sub.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="points side by side, which share the GPUs; 0 runs none and only collects (default 1)",
+    )
+    sub.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="list the points, and how long they take here, or print what a launcher would submit",
+    )
+    sub.add_argument(
+        "--probe_steps",
+        type=int,
+        default=5,
+        metavar="N",
+        help="of a dry run: steps to measure of each group of points; 0 measures none (default 5; none with --plan)",
+    )
+    planning = sub.add_argument_group("planning")
+    planning.add_argument(
+        "--plan", action="store_true", help="compile every point for a TPU slice, drop what is too large"
+    )
+    planning.add_argument("--topology", metavar="CHIP:SHAPE", help="the slice, e.g. v5p:4x4x4 or v5e:16x16")
+    planning.add_argument("--slices", type=int, default=1, help="so many of them (default 1)")
+    launching = sub.add_argument_group("launching", "what follows -- is for the launcher")
+    launching.add_argument(
+        "--launcher",
+        choices=sweep_lib.LAUNCHERS,
+        default="local",
+        help="local: this machine (default); slurm: a job array, through submitit, e.g. -- --time=720 --partition=gpu; "
+        "gke: a JobSet a point, by scripts/launch_gke.py, e.g. -- --name=moe --tpu=v5e:4x4 --image=me/moejax:1",
+    )
+    writes_json(sub)
+
+    sub = command("sweep fit", sweep_lib.fit, "moejax sweep fit runs/experts_25m")
+    sub.add_argument("folder", type=pathlib.Path, metavar="DIR", help="a sweep's folder")
+    writes_json(sub)
+
     sub = command("report", commands_lib.report, "moejax report runs/a runs/b")
-    sub.add_argument("folders", nargs="+", type=pathlib.Path, metavar="DIR", help="folders of runs")
+    sub.add_argument("folders", nargs="+", type=pathlib.Path, metavar="DIR", help="folders of runs, or that of a sweep")
     sub.add_argument("--output", type=pathlib.Path, help="page to write (default: report.html in the first folder)")
 
     about = "Prepares a corpus, and shows it."

@@ -7,7 +7,6 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import sys
 
 from moejax import config as config_lib
@@ -21,9 +20,9 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.start_timeout <= 0:
         raise config_lib.ConfigError(f"--start_timeout={arguments.start_timeout:g} must be above 0 seconds; change it")
     place = processes.find(arguments.coordinator, arguments.num_processes, arguments.process_id)
-    from moejax.training import trainer
+    from moejax.training import compiled, trainer
 
-    keep_compiled_programs()
+    compiled.keep_programs()
     try:
         with processes.joined(place, config, start_timeout=arguments.start_timeout):
             trainer.train(config, arguments.workdir)
@@ -36,8 +35,9 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def evaluate(arguments: argparse.Namespace, _: list[str]) -> int:
     """Loss and perplexity on the held-out split."""
     from moejax.analysis import run as run_lib
+    from moejax.training import compiled
 
-    keep_compiled_programs()
+    compiled.keep_programs()
     summary = run_lib.evaluate_run(run_lib.load(arguments.workdir))
     if arguments.json:
         print(json.dumps(summary))
@@ -56,10 +56,11 @@ def generate(arguments: argparse.Namespace, _: list[str]) -> int:
     """Continues prompts."""
     from moejax.analysis import generation
     from moejax.analysis import run as run_lib
+    from moejax.training import compiled
 
     request = generation.request(arguments)
     stream = generation.streams(arguments, request)
-    keep_compiled_programs()
+    compiled.keep_programs()
     run = run_lib.load(arguments.workdir)
     if stream:
         print(request.prompts[0], end="", flush=True)
@@ -151,13 +152,18 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def report(arguments: argparse.Namespace, _: list[str]) -> int:
-    """One self-contained HTML page about one run or several."""
-    from moejax.analysis import generation
+    """One self-contained HTML page about one run or several, or about a sweep."""
     from moejax.analysis import report as report_lib
 
-    keep_compiled_programs()
+    if report_lib.is_sweep(arguments.folders):  # whose points have their evaluation already
+        print(report_lib.write(arguments.folders, arguments.output))
+        return 0
+    from moejax.analysis import generation, run_files
+    from moejax.training import compiled
+
+    compiled.keep_programs()
     for folder in arguments.folders:
-        report_lib.read(folder)  # refuses what is not a run's folder before anything is computed
+        run_files.read(folder)  # refuses what is not a run's folder before anything is computed
     for folder in arguments.folders:
         try:
             generation.complete(folder)
@@ -212,20 +218,3 @@ def data_inspect(arguments: argparse.Namespace, overrides: list[str]) -> int:
         print(f"row {number}\n{inspection.show_row(row, data.tokenizer, colour=colour)}\n")
     print(inspection.show_summary(summary))
     return 0
-
-
-def keep_compiled_programs() -> None:
-    """Lets jax keep compiled programs in the cache folder, so that resuming or evaluating a run starts at once.
-
-    A folder a processor: a program compiled for one may not run on another that shares the home folder.
-    """
-    import jax
-
-    from moejax.data import cache
-
-    if jax.config.values.get("jax_compilation_cache_dir") is None:
-        cpuinfo = pathlib.Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        features = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
-        folder = f"xla-{cache.digest([platform.machine(), *features])}"
-        jax.config.update("jax_compilation_cache_dir", str(cache.folder() / folder))

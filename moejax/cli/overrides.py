@@ -1,14 +1,20 @@
-"""The config of a command line: a file, and overrides of its fields."""
+"""The config or the sweep of a command line: a file, and overrides of its fields."""
 
-import difflib
+import dataclasses
 import itertools
 import pathlib
 import re
+import runpy
 import typing
+from collections.abc import Callable
 from typing import Any
 
 from moejax import config as config_lib
 from moejax import rules
+from moejax.rules import checks
+
+if typing.TYPE_CHECKING:
+    from moejax.sweep import grid
 
 
 def read_config(file: str, overrides: list[str]) -> config_lib.Config:
@@ -18,34 +24,54 @@ def read_config(file: str, overrides: list[str]) -> config_lib.Config:
       ConfigError: no such file, a file without a usable get_config, an unknown field, a value of the wrong type, or a
         broken rule.
     """
-    from absl import flags
     from ml_collections import config_flags
 
-    path = pathlib.Path(file.split(":")[0])
-    if not path.is_file():
-        raise config_lib.ConfigError(f"--config={file}: there is no file {path}; name one, e.g. configs/quickstart.py")
+    _existing(file)
     _check_overrides(overrides)
     arguments = ["moejax", f"--config={file}", *overrides]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
-    try:
-        rest = values(arguments)[1:]
-        config = values["config"].value
-    except flags.IllegalFlagValueError as error:
-        raise config_lib.ConfigError(_wrong_value(file, overrides, error)) from None
-    except flags.Error as error:
-        raise config_lib.ConfigError(f"{' '.join(str(error).split())}; write overrides as --config.a.b=value") from None
-    except Exception as error:  # the file is the user's program: anything may come out of it
-        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise config_lib.ConfigError(f"--config={file} cannot be read ({what}); mend the file") from None
-    if rest:
-        raise config_lib.ConfigError(f"{rest[0]} is not an option; write overrides as --config.a.b=value")
+    config = _parse(file, arguments, config_flags.DEFINE_config_file, "config")
     if not isinstance(config, config_lib.Config):
         raise config_lib.ConfigError(
             f"--config={file}: get_config() returned a {type(config).__name__}; return a moejax.config.Config"
         )
     rules.validate(config)
     return config
+
+
+def read_sweep(file: str, overrides: list[str], seeds: str = "") -> "grid.Sweep":
+    """The sweep of FILE[:ARG], what its get_sweep(ARG) returns, with `--config.a.b=value` overrides of its base.
+
+    seeds: in place of the sweep's own, as in "0,1,2".
+
+    Raises:
+      ConfigError: no such file, a file without a usable get_sweep, an unknown field, a value of the wrong type, a base
+        that breaks a rule, or an override that would reach no point.
+    """
+    from ml_collections import config_flags
+
+    from moejax.sweep import grid
+
+    path = _existing(file)
+    _check_overrides(overrides)
+    try:
+        module = runpy.run_path(str(path))
+        if "get_sweep" not in module:
+            raise config_lib.ConfigError("there is no get_sweep() in it; add one beside get_config()")
+        sweep = module["get_sweep"](*file.split(":", 1)[1:])
+        if not isinstance(sweep, grid.Sweep):
+            raise config_lib.ConfigError(
+                f"get_sweep() returned a {type(sweep).__name__}; return a moejax.sweep.grid.Sweep"
+            )
+    except config_lib.ConfigError as error:
+        raise config_lib.ConfigError(f"--config={file}: {error}") from None
+    except Exception as error:  # the file is the user's program
+        raise _unreadable(file, error) from None
+    base = _parse(file, ["moejax", *overrides], config_flags.DEFINE_config_dataclass, "config", sweep.base)
+    rules.validate(base)
+    sweep = dataclasses.replace(sweep, base=base)
+    for field in sorted(overridden(overrides)):
+        grid.check_override(sweep, field)
+    return dataclasses.replace(sweep, seeds=_seeds(seeds)) if seeds else sweep
 
 
 def overridden(overrides: list[str]) -> frozenset[str]:
@@ -74,6 +100,13 @@ def variations(options: list[str]) -> list[dict[str, str]]:
     return [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
 
 
+def _existing(file: str) -> pathlib.Path:
+    path = pathlib.Path(file.split(":")[0])
+    if not path.is_file():
+        raise config_lib.ConfigError(f"--config={file}: there is no file {path}; name one, e.g. configs/quickstart.py")
+    return path
+
+
 def _check_overrides(overrides: list[str]) -> None:
     """Refuses an override whose path is not a field, naming the nearest that is."""
     for override in overrides:
@@ -82,28 +115,39 @@ def _check_overrides(overrides: list[str]) -> None:
         path = override.split("=")[0]
         if not path.startswith("--config."):
             raise config_lib.ConfigError(f"{path} is not an option; overrides are written --config.a.b=value")
-        name = path.removeprefix("--config.")
-        known = config_lib.flatten(config_lib.Config())
-        if name not in known:
-            groups = {prefix for field in known for prefix in (field.rpartition(".")[0], field.split(".")[0])}
-            if name in groups:
-                raise config_lib.ConfigError(
-                    f"{path} is a group of fields; set one of them, e.g. {path}.{_first(known, name)}"
-                )
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean --config.{close[0]}?" if close else "moejax/config.py lists the fields"
-            raise config_lib.ConfigError(f"{path} is not a field of the config; {hint}")
+        checks.known(path.removeprefix("--config."), prefix="--config.")
 
 
-def _first(known: dict[str, Any], group: str) -> str:
-    return next(field for field in known if field.startswith(f"{group}.")).removeprefix(f"{group}.")
+def _parse(file: str, arguments: list[str], define: Callable[..., Any], *defined: Any) -> Any:
+    """The value of the flag --config that `define(*defined)` declares, with the overrides among the arguments."""
+    from absl import flags
+
+    values = flags.FlagValues()
+    try:
+        define(*defined, flag_values=values, sys_argv=arguments)
+        rest = values(arguments)[1:]
+        config = values["config"].value
+    except flags.IllegalFlagValueError as error:
+        raise config_lib.ConfigError(_wrong_value(file, arguments, error)) from None
+    except flags.Error as error:
+        raise config_lib.ConfigError(f"{' '.join(str(error).split())}; write overrides as --config.a.b=value") from None
+    except Exception as error:  # the file is the user's program: anything may come out of it
+        raise _unreadable(file, error) from None
+    if rest:
+        raise config_lib.ConfigError(f"{rest[0]} is not an option; write overrides as --config.a.b=value")
+    return config
 
 
-def _wrong_value(file: str, overrides: list[str], error: Exception) -> str:
+def _unreadable(file: str, error: Exception) -> config_lib.ConfigError:
+    what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return config_lib.ConfigError(f"--config={file} cannot be read ({what}); mend the file")
+
+
+def _wrong_value(file: str, arguments: list[str], error: Exception) -> str:
     """The line for a value that does not fit its field's type, or an ARG that the config file does not take."""
-    for override in reversed(overrides):
-        option, _, value = override.partition("=")
-        if f"flag {option}=" in str(error):
+    for argument in reversed(arguments):
+        option, _, value = argument.partition("=")
+        if option.startswith("--config.") and f"flag {option}=" in str(error):
             node: Any = config_lib.Config
             for name in option.removeprefix("--config.").split("."):
                 node = typing.get_type_hints(node)[name]
@@ -111,3 +155,10 @@ def _wrong_value(file: str, overrides: list[str], error: Exception) -> str:
             return f"{option.removeprefix('--')}={value} has the wrong type; give {kind}"
     last = str(error).strip().splitlines()[-1].strip()
     return f"--config={file} cannot be read ({last}); leave out what follows the colon or name what get_config() takes"
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    seeds = text.split(",")
+    if not all(seed.isdecimal() for seed in seeds):
+        raise config_lib.ConfigError(f"--seeds={text} must be whole numbers with commas between, e.g. 0,1,2; change it")
+    return tuple(map(int, seeds))

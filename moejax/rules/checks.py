@@ -1,6 +1,7 @@
 """What rules are made of: a check that raises ConfigError with one line of field, value, rule and remedy."""
 
 import dataclasses
+import difflib
 import math
 import typing
 from typing import Any
@@ -37,6 +38,27 @@ def get(config: config_lib.Config, path: str) -> Any:
     for name in path.split("."):
         value = getattr(value, name)
     return value
+
+
+def put(config: config_lib.Config, path: str, value: Any) -> None:
+    """Sets a field by its dotted path."""
+    group, _, name = path.rpartition(".")
+    setattr(get(config, group), name, value)
+
+
+def known(path: str, prefix: str = "") -> None:
+    """Refuses a dotted path that is no field, naming the nearest that is. prefix: what the user writes before it."""
+    fields = config_lib.flatten(config_lib.Config())
+    if path in fields:
+        return
+    inside = [field.removeprefix(f"{path}.") for field in fields if field.startswith(f"{path}.")]
+    if inside:
+        raise config_lib.ConfigError(
+            f"{prefix}{path} is a group of fields; set one of them, e.g. {prefix}{path}.{inside[0]}"
+        )
+    close = difflib.get_close_matches(path, fields, n=1, cutoff=0.5)
+    hint = f"did you mean {prefix}{close[0]}?" if close else "moejax/config.py lists the fields"
+    raise config_lib.ConfigError(f"{prefix}{path} is not a field of the config; {hint}")
 
 
 def types(node: Any, path: str = "") -> None:

@@ -111,7 +111,7 @@ class Console:
         elif step % self._log_every == 0 or step in (1, self._num_steps):
             self.say(
                 f"step {step}/{self._num_steps}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
-                f"grad norm {row['grad_norm']:.2f}  {tokens_per_second:,.0f} tokens/s  {_duration(seconds_left)} left"
+                f"grad norm {row['grad_norm']:.2f}  {tokens_per_second:,.0f} tokens/s  {duration(seconds_left)} left"
             )
         if validation is not None:
             self.say(f"step {step}/{self._num_steps}  validation loss {validation:.4f}")
@@ -129,7 +129,8 @@ class Console:
             self._bar.close()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """4000.0 is 1:06:40, 90.0 is 1:30."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -63,11 +63,14 @@ class Stop:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
+def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
     """Trains to training.num_steps, or goes on from the newest checkpoint in workdir.
 
     Writes config.json, data.json, tokenizer.json, metrics.jsonl, TensorBoard events and checkpoints/ into workdir.
     Where jax runs several processes, each calls this; process 0 alone writes, but for each one's part of a checkpoint.
+
+    Returns:
+      The step that the run has come to: below training.num_steps where a signal has stopped it.
 
     Raises:
       ConfigError: a setting that cannot be, or a workdir of another model; nothing on disk has changed.
@@ -111,7 +114,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
 
     try:
         with Stop() as stop:
-            run_steps(config, mesh, data, state, start, checkpoints, workdir, stop)
+            return run_steps(config, mesh, data, state, start, checkpoints, workdir, stop)
     finally:
         checkpoints.close()
 
@@ -125,8 +128,8 @@ def run_steps(
     checkpoints: checkpoint.Checkpoints,
     workdir: pathlib.Path,
     stop: Stop,
-) -> None:
-    """The loop: dispatches step n, then reads the numbers of step n - 1 while n runs."""
+) -> int:
+    """The loop: dispatches step n, then reads the numbers of step n - 1 while n runs. Returns the last step done."""
     num_steps = config.training.num_steps
     train_step = processes.in_step(state_lib.make_train_step(config, mesh))
     eval_step = processes.in_step(evaluate.make_eval_step(mesh))
@@ -160,7 +163,8 @@ def run_steps(
             if stopped_by and step < num_steps:
                 checkpoints.wait()
                 console.say(f"stopped by {stopped_by} after step {step}, saved; run the same command to go on")
-                return
+                return step
+        return max(start, num_steps)
     finally:
         console.close()
         writer.close()

@@ -53,7 +53,7 @@ def test_page_fetches_nothing(written):
 
 def test_svg_ids_are_unique_and_every_reference_has_its_target(compared):
     page = Page(compared)
-    assert page.tags.count("svg") == 4 + 2 + 2 * 6
+    assert page.tags.count("svg") == 4 + 4 + 2 * 6
     assert len(page.references) > 10
     assert len(page.ids) == len(set(page.ids))
     assert page.references <= set(page.ids)

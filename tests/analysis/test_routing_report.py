@@ -234,12 +234,14 @@ def test_the_curves_of_the_runs_are_averaged_over_layers(compared, monkeypatch):
     drawn = {}
     monkeypatch.setattr(figures, "lines", lambda name, curves, **_: drawn.update({name: curves}))
     rows = full_rows(20)
-    routing_report.comparison_panels({"a": rows, "dense": make_rows(3, moe=False)})
-    assert list(drawn) == ["runs-imbalance", "runs-entropy"]
+    runs = {"a": rows, "dense": make_rows(3, moe=False)}
+    routing_report.comparison_panels({name: routing_report.curves(of_run) for name, of_run in runs.items()})
+    assert list(drawn) == [f"runs-{name}" for name in ("imbalance", "entropy", "unused", "dropped", "churn")]
     assert list(drawn["runs-imbalance"]) == ["a"]
     expected = [statistics.mean(NUM_EXPERTS * max(load) for load in row["load"]) for row in rows]
     np.testing.assert_allclose(drawn["runs-imbalance"]["a"][1], expected)
     np.testing.assert_allclose(drawn["runs-entropy"]["a"][1], 1.25)
+    np.testing.assert_allclose(drawn["runs-churn"]["a"], [[20], [0.075]])
     page = Page(compared)
     assert {"Imbalance of the runs", "Router entropy of the runs"} <= set(titles(page))
     assert page.source.count('<details class="run">') == 4  # so many are folded

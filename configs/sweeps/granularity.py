@@ -1,0 +1,56 @@
+"""Granularity (arXiv 2402.07871) of MoE-Mamba: are more and narrower experts better at equal active parameters?
+
+Granularity G divides each of 16 experts into G, of which a token takes G: 16 G experts of about 1536 / G, top_k = G.
+The router has a column for each, so that experts are a little narrower still, as is solved for: active parameters
+without embedding and head, the router among them, stay within 1 % (`iso_active`). 8 periods of Mamba and experts,
+d_model 512; 15,000 steps of 64 rows of 1,024 tokens, 0.98B tokens of C4. As counted (`--dry-run`):
+
+    point    experts    top_k    width    total          active
+    g1       16         1        1536     214,966,272    26,222,592
+    g2       32         2        764      213,983,232    26,222,592
+    g4       64         4        378      212,017,152    26,222,592
+    g8       128        8        185      208,084,992    26,222,592
+    g16      256        16       88       199,172,096    26,157,056
+
+The paper's models are Transformers; this is its question asked of MoE-Mamba, and reproduces no figure of it. We have
+not run these. The recipe is that of configs/sweeps/experts_25m.py, with router=top_k, gates as the router gives them.
+
+    moejax sweep --config=configs/sweeps/granularity.py --workdir=runs/granularity --dry-run
+    moejax sweep --config=configs/sweeps/granularity.py --workdir=runs/granularity
+
+A law of granularity, parameters and tokens needs all three to vary: `:law` has every G at d_model 256 and 512, for
+5,000 and 15,000 steps, 20 points.
+
+    moejax sweep --config=configs/sweeps/granularity.py:law --workdir=runs/granularity_law
+    moejax sweep fit runs/granularity_law
+"""
+
+import pathlib
+import runpy
+
+from moejax import config
+from moejax.sweep import grid
+
+_TABLE_4 = runpy.run_path(str(pathlib.Path(__file__).with_name("experts_25m.py")))  # the same recipe
+NAMES = ("one_size", "law")
+
+
+def get_config() -> config.Config:
+    """Granularity 1."""
+    c = _TABLE_4["get_config"]()
+    c.model.moe.router = "top_k"
+    c.model.moe.jitter = config.MoeConfig().jitter  # router=switch alone reads it
+    c.model.moe.num_experts = 16
+    return c
+
+
+def get_sweep(name: str = "one_size") -> grid.Sweep:
+    """Five granularities of one size, or of two sizes and two lengths."""
+    if name not in NAMES:
+        raise ValueError(f"{name} is not known; write {' or '.join(NAMES)}")
+    rows = grid.iso_active(grid.granularity(1, 2, 4, 8, 16))
+    if name == "law":
+        small = grid.named("d256", {"model.d_model": 256, "model.moe.d_expert": 768})
+        sizes = [*small, *grid.named("d512", {})]
+        rows = grid.product(sizes, grid.over("training.num_steps", 5_000, 15_000), rows)
+    return grid.Sweep(get_config(), rows)

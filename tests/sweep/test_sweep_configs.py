@@ -1,0 +1,79 @@
+"""Every sweep in configs/sweeps/ makes its points, and they are those of its lab book and of its paper's table."""
+
+import ast
+import dataclasses
+import pathlib
+
+import pytest
+
+from moejax.cli import overrides
+from moejax.sweep import cost, grid, listing
+
+FOLDER = pathlib.Path(__file__).resolve().parents[2] / "configs" / "sweeps"
+FILES = sorted(path.name for path in FOLDER.glob("*.py"))
+
+
+def points_of(file, *options):
+    return grid.points(overrides.read_sweep(str(FOLDER / file), list(options)))
+
+
+def counts_of(points):
+    return {row["name"]: (row["non_embedding_total"], row["non_embedding_active"]) for row in listing.rows(points)}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_lab_book_has_a_line_for_each_point_with_its_counts(file):
+    points = points_of(file)
+    book = ast.get_docstring(ast.parse((FOLDER / file).read_text()))
+    assert book is not None
+    assert f"moejax sweep --config=configs/sweeps/{file} --workdir=" in book
+    lines = {line.split()[0]: line.split() for line in book.splitlines() if line.startswith("    ")}
+    counts = list(counts_of(points).values())
+    for point, (total, active) in zip(points, counts, strict=True):
+        assert {f"{total:,}", f"{active:,}"} <= set(lines[point.group])
+        moe = point.config.model.moe
+        if point.config.model.has_experts and "width" in lines["point"]:
+            assert {f"{moe.num_experts}", f"{moe.d_expert}"} <= set(lines[point.group])
+    if "iso_active" in book:
+        actives, flops = [active for _, active in counts], [cost.flops(point.config) for point in points]
+        assert max(actives) / min(actives) < 1.01
+        assert max(flops) / min(flops) < 1.03  # of what Mamba's parameters do, some is no matrix product
+
+
+def test_table_4_has_its_models():
+    """arXiv 2401.04081, Table 4, in millions."""
+    points = points_of("experts_25m.py")
+    table = {"mamba": (27, 27), "e1": (26, 26), "e4": (64, 26), "e8": (114, 26), "e16": (215, 26), "e32": (416, 26)}
+    assert {name: tuple(round(n / 1e6) for n in pair) for name, pair in counts_of(points).items()} == {
+        f"{group}_s0": pair for group, pair in table.items()
+    }
+    assert [grid.axes(point)["experts"] for point in points] == [0, 1, 4, 8, 16, 32]
+    assert {cost.tokens(point.config) for point in points} == {15_000 * 64 * 1024}
+
+
+def test_table_2_has_its_models():
+    """arXiv 2401.04081, Table 2, with the experts of its code, in millions."""
+    counts = counts_of(points_of("ratio.py"))
+    found = {name.removesuffix("_s0"): tuple(round(n / 1e6, 1) for n in pair) for name, pair in counts.items()}
+    assert {name: (round(total), active) for name, (total, active) in found.items() if name[0] in "12345"} == {
+        "1to5": (403, 25.6), "2to4": (412, 25.9), "3to3": (416, 26.3), "4to2": (421, 26.7), "5to1": (426, 27.2)
+    }  # fmt: skip
+    assert abs(counts["6to0_s0"][1] / counts["mamba_s0"][1] - 1) < 0.001
+
+
+def test_a_longer_run_of_more_seeds_is_two_options():
+    sweep = overrides.read_sweep(str(FOLDER / "experts_mini.py"), ["--config.training.num_steps=3000"], seeds="0,1,2")
+    points = grid.points(sweep)
+    assert len(points) == 5 * 3
+    assert {point.config.training.num_steps for point in points} == {3000}
+    assert points[0].name == "mamba_s0"
+
+
+def test_the_law_of_granularity_varies_size_tokens_and_granularity():
+    sweep = overrides.read_sweep(str(FOLDER / "granularity.py:law"), [])
+    names = [row.name for row in sweep.grid]
+    assert (len(names), names[0], names[-1]) == (2 * 2 * 5, "d256_num_steps5000_g1", "d512_num_steps15000_g16")
+    ends = grid.points(dataclasses.replace(sweep, grid=[sweep.grid[0], sweep.grid[4]]))
+    assert [(point.config.model.d_model, point.granularity) for point in ends] == [(256, 1), (256, 16)]
+    (_, coarse), (_, fine) = counts_of(ends).values()
+    assert abs(fine / coarse - 1) < 0.01
