@@ -15,7 +15,7 @@ from moejax.sweep import grid
 def get_config():
     c = config.Config()
     c.model.d_model, c.model.num_periods, c.model.vocab_size, c.data.vocab_size = 16, 1, 300, 300
-    c.model.moe.num_experts, c.model.moe.d_expert = 4, 64
+    c.model.period, c.model.moe.num_experts, c.model.moe.d_expert = ("moe",), 4, 64
     return c
 
 def get_sweep(which="experts"):

@@ -1,7 +1,6 @@
 """Every sweep in configs/sweeps/ makes its points, and they are those of its lab book and of its paper's table."""
 
 import ast
-import dataclasses
 import pathlib
 
 import pytest
@@ -73,7 +72,5 @@ def test_the_law_of_granularity_varies_size_tokens_and_granularity():
     sweep = overrides.read_sweep(str(FOLDER / "granularity.py:law"), [])
     names = [row.name for row in sweep.grid]
     assert (len(names), names[0], names[-1]) == (2 * 2 * 5, "d256_num_steps5000_g1", "d512_num_steps15000_g16")
-    ends = grid.points(dataclasses.replace(sweep, grid=[sweep.grid[0], sweep.grid[4]]))
-    assert [(point.config.model.d_model, point.granularity) for point in ends] == [(256, 1), (256, 16)]
-    (_, coarse), (_, fine) = counts_of(ends).values()
-    assert abs(fine / coarse - 1) < 0.01
+    for held in (row.held[0] for row in sweep.grid):  # within one size and length
+        assert (held.measure, held.varied) == ("active", ("granularity",))
