@@ -3,8 +3,12 @@
     python scripts/study_fit.py [--draws=100] [--first=0] [--study=NAME]
 
 Prints a line a coefficient: in how many of the draws its 95% interval held the true value, and the same for the losses
-that the law extrapolates. Deterministic; a study takes from seconds to two minutes. Exit status 1 if a coefficient was
-held in fewer than 90 of 100.
+that the law extrapolates. Deterministic; a study takes from 5 to 90 seconds. Exit status 1 if a coefficient was held in
+fewer than 90 of 100.
+
+Of 100 draws, from the least to the most often held coefficient: experts 95; experts and sizes 94 to 96; everything 91
+to 93; outliers 94 to 98; fine-grained 90 to 94. Losses at 2 and 4 times the largest value of an axis: 91 to 99; of the
+fine-grained form 86 to 95. That of 4 times the largest granularity is the worst.
 """
 
 import argparse

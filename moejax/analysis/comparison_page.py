@@ -47,8 +47,6 @@ def page(folder: pathlib.Path, results: sweep_results.Results, found: Numbers) -
         groups=groups,
         baseline=found["baseline"],
         measure=measure,
-        measured=found["measure"],
-        measures=sweep_results.MEASURES,
         kept=_kept(groups),
         alpha=found["alpha"],
         losses=comparison_figures.losses(found, styles),
@@ -127,7 +125,8 @@ def _summary(found: Numbers) -> str:
         if difference["p"] is not None:
             text += f" (p = {words.probability(difference['p'])})".replace("= <", "< ")
     if ratio is not None:
-        text += f"; {found['baseline']} took {ratio:.2f} times its tokens to the lowest training loss of both"
+        text += f"; {found['baseline']} took {ratio:.2f} times as many tokens"
+        text += " to the lowest training loss that both reached"
     return text + "."
 
 

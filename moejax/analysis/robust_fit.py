@@ -110,7 +110,7 @@ def _best(curve: Curve, observed_X: np.ndarray, starts: Sequence[np.ndarray], th
         optimize.least_squares(
             lambda theta_P: curve.at(theta_P[None])[0][0] - observed_X,
             start_P,
-            jac=lambda theta_P: curve.at(theta_P[None])[1][0],
+            jac=lambda theta_P: curve.at(theta_P[None])[1][0],  # pyright: ignore[reportArgumentType]
             loss="huber",
             f_scale=threshold,
             x_scale="jac",

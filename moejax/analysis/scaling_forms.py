@@ -232,8 +232,9 @@ class FineGrained:
         return np.concatenate([value[name] for name in self.meanings], axis=1)
 
     def _values(self, theta_BP: np.ndarray) -> dict[str, np.ndarray]:
-        """Every coefficient but those of the middle of the grid, (B, 1); 0 for one that the grid does not identify."""
-        found = dict.fromkeys(("c", "a", "alpha", "delta", "g", "gamma", "b", "beta"), np.zeros((len(theta_BP), 1)))
+        """Coefficients, (B, 1), the scales at the middle of the grid; 0 for one that the grid does not identify."""
+        names = ("c", "a", "alpha", "delta", "g", "gamma", "b", "beta")
+        found: dict[str, np.ndarray] = {name: np.zeros((len(theta_BP), 1)) for name in names}
         for name, theta_B in zip(self.meanings, theta_BP.T, strict=True):
             found[name] = (_exp(theta_B) if name not in self._REAL else theta_B)[:, None]
         return found

@@ -84,14 +84,15 @@ def test_the_expansion_rate_has_an_exponent_of_its_own_where_it_varies_beside_gr
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
-    # 60 of scripts/study_fit.py's draws, with fewer resamples; half as wide, they would hold it in two thirds
+    # a small version of scripts/study_fit.py: 171 are expected; intervals a third longer give 176
     inside = Counter()
     cells = crossed((1e7, 1e8), (1, 4, 16, 64))
     for draw in range(60):
         law = fit(make_points(bilinear, cells, seeds=2, noise=0.003, draw=draw), num_resamples=199)
         for name in "abc":
             inside[name] += law.coefficients[name].low <= BILINEAR[name] <= law.coefficients[name].high
-    assert all(52 <= count < 60 for count in inside.values()), inside
+    assert min(inside.values()) >= 54
+    assert 162 <= inside.total() <= 174
 
 
 def test_one_bad_point_moves_the_law_little():
