@@ -18,7 +18,7 @@ import time
 from moejax import config as config_lib
 from moejax import files
 from moejax.analysis import sweep_results
-from moejax.sweep import child, folder, runner
+from moejax.sweep import child, folder, outcome, runner
 
 NUM_STEPS, SAVE_EVERY, STEP_SECONDS = 30, 4, 0.01
 NAMES = ("a_s0", "a_s1", "b_s0", "b_s1")
@@ -100,11 +100,11 @@ def fail(fault: str) -> None:
 def run(workdir: pathlib.Path, jobs: int) -> runner.Runner:
     """What the command does with a sweep, but for what it says."""
     folder.write(workdir, describe())
-    results = folder.collect(workdir)
+    folder.collect(workdir)
     ran = runner.Runner(
         workdir, jobs=jobs, board=runner.Board(), command=[sys.executable, __file__, "point"], environment=os.environ
     )
-    ran.run([row.name for row in results.points if row.status != "done"])
+    ran.run([name for name in NAMES if not outcome.is_done(workdir / name)])
     return ran
 
 
