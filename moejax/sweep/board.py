@@ -153,7 +153,7 @@ class Console(runner.Board):
 def table(rows: Sequence[sweep_results.Row]) -> str:
     """Rows of sweep.json as aligned text."""
     heads = ("point", "status", "loss", "EMA", "validation", "tokens/s", "time", "dropped", "imbalance")
-    lines = [heads]
+    lines: list[tuple[str, ...]] = [heads]
     for row in rows:
         losses = (_number(value, ".4f") for value in (row.loss, row.ema_loss, row.validation_loss))
         time = "-" if row.seconds is None else metrics.duration(row.seconds)
