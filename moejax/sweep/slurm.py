@@ -111,7 +111,7 @@ def script(workdir: pathlib.Path, commands: Sequence[Sequence[str]], given: dict
     from submitit.slurm import slurm
 
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(workdir / FOLDER))}"
-    array = {"map_count": len(commands)} if len(commands) > 1 else {}
+    array: dict[str, Any] = {"map_count": len(commands)} if len(commands) > 1 else {}
     text = slurm._make_sbatch_string(command=command, folder=workdir / FOLDER, **given, **array)
     tasks = [f"# task {number}: {shlex.join(words)}" for number, words in enumerate(commands)]
     return "\n".join([text.rstrip(), "", *tasks, ""])
