@@ -136,7 +136,7 @@ class Console(runner.Board):
     def _progress(self, name: str) -> _Progress | None:
         """By the last row of the point's metrics; None before there is any."""
         path = self._workdir / name / "metrics.jsonl"
-        if not path.exists():
+        if not path.is_file():  # not yet; what is damaged is for the point's own process to say
             return None
         written = path.stat().st_mtime_ns
         if name not in self._seen or self._seen[name][0] != written:
