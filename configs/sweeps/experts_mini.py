@@ -17,37 +17,29 @@ embedding, which has 131,072:
 Data: Wikipedia lead sections, byte-level BPE of 1,024 entries, as in configs/quickstart.py; 300 steps of 8 rows of 256
 tokens read 0.61M tokens a point. That is enough to see the commands work, and too little for experts to differ: a study
 takes more steps and seeds.
+Measured, one seed, 2 CPU cores, 11 min 10 s in all: validation loss 3.854 (mamba), 3.942, 3.939, 3.918 and 3.922 (1, 4,
+8 and 16 experts) nats/token, with no uncertainty to go with them.
 
     moejax sweep --config=configs/sweeps/experts_mini.py --workdir=runs/experts_mini
     moejax report runs/experts_mini
 """
 
+import pathlib
+import runpy
+
 from moejax import config
 from moejax.sweep import grid
 
+_QUICKSTART = runpy.run_path(str(pathlib.Path(__file__).parent.with_name("quickstart.py")))  # its data and recipe
 MAMBA = {"model.period": ("mamba", "mamba")}  # a second Mamba layer in the place of each mixture
 
 
 def get_config() -> config.Config:
     """The mixture with 8 experts, of the shape of MoE-Mamba's."""
-    c = config.Config()
-    c.model.d_model = 128
-    c.model.period = ("mamba", "moe")
+    c = _QUICKSTART["get_config"]()
     c.model.num_periods = 2
-    c.model.vocab_size = 1024
-    c.model.moe.num_experts = 8
     c.model.moe.d_expert = 448
-    c.data.source = "wikipedia"
-    c.data.vocab_size = 1024
-    c.data.seq_length = 256
-    c.data.batch_size = 8
-    c.optimizer.learning_rate = 3e-3
-    c.optimizer.warmup_steps = 30
     c.training.num_steps = 300
-    c.training.ema_alpha = 0.05  # MoE-Mamba's 0.001 needs thousands of steps
-    c.training.eval_every = 100
-    c.training.log_every = 20
-    c.checkpoint.every = 100
     return c
 
 
