@@ -52,7 +52,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
     done = [row for row in files.read_rows(attempts) if row["name"] == workdir.name] if attempts.exists() else []
     start = max(saved_steps(workdir), default=0)
     with attempts.open("a") as file:
-        print(json.dumps({"name": workdir.name, "pid": os.getpid(), "start": start}), file=file)
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        print(json.dumps({"name": workdir.name, "pid": os.getpid(), "start": start, "cores": cores}), file=file)
     faults = {}
     with contextlib.suppress(FileNotFoundError):
         faults = json.loads((workdir.parent / "faults.json").read_text())

@@ -222,3 +222,25 @@ def test_gpus_are_counted_by_nvidia_smi(tmp_path, monkeypatch):
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert runner.device_shares(2, {}) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+
+
+@pytest.mark.parametrize(
+    ("jobs", "cores"),
+    [
+        (1, []),
+        (2, [{1, 2}, {5, 6, 9}]),
+        (3, [{1}, {2, 5}, {6, 9}]),
+        (7, [{1}, {2}, {5}, {6}, {9}, {1}, {2}]),
+    ],
+)
+def test_processes_side_by_side_share_the_cores(jobs, cores, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {9, 1, 5, 2, 6}, raising=False)
+    assert runner.core_shares(jobs, {"JAX_PLATFORMS": "cpu"}) == cores
+    assert runner.core_shares(jobs, {"CUDA_VISIBLE_DEVICES": "0"}) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_each_of_two_processes_has_its_own_cores(tmp_path):
+    assert finish(start(tmp_path, jobs=2)) == {}
+    shares = runner.core_shares(2, os.environ)
+    assert {tuple(row["cores"]) for row in attempts(tmp_path)} == {tuple(sorted(cores)) for cores in shares}
