@@ -6,13 +6,12 @@ Every run has eight virtual CPU devices. Prints the largest difference from the 
 interrupted (relative), how long the processes that were left took to say whom they miss, and what they said; exit
 status 1 if a difference is above 1e-5, or they took over 90 s.
 
-Another order of summation rounds otherwise, and a new router is near ties: within some ten steps one token of ten
-thousands goes to another expert than in the reference, which moves the losses from there on by some 1e-5. The loads of
-the experts show it. The limit holds up to that step; it and the difference at the end are printed, too.
+The one process, too, sums between its devices by Gloo, as several have to: XLA's own sums of one process round
+otherwise, and then within some ten steps a token near a tie goes to another expert, which moves the losses from there
+on by some 1e-5. Other meshes round otherwise anyway; in a long run that shows.
 """
 
 import argparse
-import math
 import os
 import pathlib
 import signal
@@ -21,17 +20,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any, NamedTuple
-
-import numpy as np
 
 from moejax import files
 
 DEVICES = 8
 TOLERANCE = 1e-5  # relative, of a loss
-SAME_LOAD = 1e-6  # share of the choices: less than one of them
-NEAR_TIES = 1e-3  # share of the choices that rounding can change at once
 LIMIT = 90.0  # seconds until a lost process is noticed
+
+
+# As jax.distributed starts several. Without it one process has XLA's own collectives.
+ALONE = """
+import sys, jax
+jax.distributed.initialize(sys.argv[1], num_processes=1, process_id=0)
+from moejax import cli
+cli.main(sys.argv[2:])
+"""
 
 
 def launch(arguments: list[str], workdir: pathlib.Path, mesh: str, num_processes: int) -> list[subprocess.Popen]:
@@ -44,7 +47,8 @@ def launch(arguments: list[str], workdir: pathlib.Path, mesh: str, num_processes
     sizes = {"data": "1", **dict(pair.split("=") for pair in mesh.split(","))}
     started = []
     for process in range(num_processes):
-        command = [sys.executable, "-m", "moejax.cli", "train", f"--workdir={workdir}", *arguments]
+        start = ["-m", "moejax.cli"] if num_processes > 1 else ["-c", ALONE, coordinator]
+        command = [sys.executable, *start, "train", f"--workdir={workdir}", *arguments]
         command += [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()]
         if num_processes > 1:
             command += [f"--coordinator={coordinator}", f"--num_processes={num_processes}", f"--process_id={process}"]
@@ -61,50 +65,22 @@ def finish(processes: list[subprocess.Popen], workdir: pathlib.Path) -> None:
             sys.exit(f"process {number} of {len(processes)} ended with status {process.returncode}; its log:\n{log}")
 
 
-def rows(workdir: pathlib.Path) -> dict[int, dict[str, Any]]:
+def losses(workdir: pathlib.Path) -> dict[int, float]:
     """By step."""
-    return {row["step"]: row for row in files.read_rows(workdir / "metrics.jsonl")}
+    return {row["step"]: row["loss"] for row in files.read_rows(workdir / "metrics.jsonl")}
 
 
 def last_step(workdir: pathlib.Path) -> int:
     """0 before the first."""
-    return max(rows(workdir), default=0) if (workdir / "metrics.jsonl").exists() else 0
+    return max(losses(workdir), default=0) if (workdir / "metrics.jsonl").exists() else 0
 
 
-class Comparison(NamedTuple):
-    """Of losses, relative. before: the largest difference while every expert has the load that it has in the reference.
-    changed: the first step where one has not, and the share of the choices that differ there. whole: in all steps.
-    """
-
-    before: float
-    changed: tuple[int, float] | None
-    whole: float
-
-    def is_good(self) -> bool:
-        return self.before <= TOLERANCE and (self.changed is None or self.changed[1] <= NEAR_TIES)
-
-    def __str__(self) -> str:
-        if self.changed is None:
-            return f"{self.whole:.1e}"
-        step, share = self.changed
-        return f"{self.before:.1e} up to step {step}, where {share:.1e} of the choices change; {self.whole:.1e} after"
-
-
-def compare(workdir: pathlib.Path, reference: dict[int, dict[str, Any]]) -> Comparison:
-    """The run with the reference, step by step."""
-    ours = rows(workdir)
+def difference(workdir: pathlib.Path, reference: dict[int, float]) -> float:
+    """The largest relative difference of a loss; infinite if a step is missing."""
+    ours = losses(workdir)
     if ours.keys() != reference.keys():
-        return Comparison(math.inf, None, math.inf)
-    before, changed, whole = 0.0, None, 0.0
-    for step, expected in reference.items():
-        difference = abs(ours[step]["loss"] - expected["loss"]) / abs(expected["loss"])
-        loads = [np.array(row.get("load", 0.0)) for row in (ours[step], expected)]
-        share = float(np.abs(loads[0] - loads[1]).sum() / 2 / max(1.0, loads[1].sum()))
-        if changed is None and share > SAME_LOAD:
-            changed = step, share
-        whole = max(whole, difference)
-        before = whole if changed is None else before
-    return Comparison(before, changed, whole)
+        return float("inf")
+    return max(abs(ours[step] - loss) / abs(loss) for step, loss in reference.items())
 
 
 def main() -> None:
@@ -122,20 +98,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
 
-        def report(what: str, found: Comparison) -> None:
+        def report(what: str, found: float) -> None:
             nonlocal failed
-            failed |= not found.is_good()
-            print(f"{what:60} {found} {'ok' if found.is_good() else 'FAILED'}", flush=True)
+            failed |= not found <= TOLERANCE
+            print(f"{what:60} {found:.1e} {'ok' if found <= TOLERANCE else 'FAILED'}", flush=True)
 
         try:
             running = launch(arguments, folder / "1", f"data={DEVICES}", 1)
             finish(running, folder / "1")
-            reference = rows(folder / "1")
-            for num_processes, mesh in ((2, "data=8"), (4, "data=2,fsdp=2,expert=2")):
-                workdir = folder / str(num_processes)
+            reference = losses(folder / "1")
+            for num_processes, mesh in ((2, "data=8"), (4, "data=8"), (4, "data=2,fsdp=2,expert=2")):
+                workdir = folder / f"{num_processes} {mesh}"
                 running = launch(arguments, workdir, mesh, num_processes)
                 finish(running, workdir)
-                report(f"{num_processes} processes, {mesh}", compare(workdir, reference))
+                report(f"{num_processes} processes, {mesh}", difference(workdir, reference))
 
             workdir = folder / "moved"
             story = ((4, "data=4,expert=2", 0), (2, "fsdp=2,expert=2,tensor=2", 1))
@@ -159,7 +135,7 @@ def main() -> None:
                 print(f"    {said[0].splitlines()[-1]}" if named else "    nothing of it: FAILED", flush=True)
             running = launch(arguments, workdir, "data=2,fsdp=2,expert=2", 1)
             finish(running, workdir)
-            report("the same run ended by 1 process, data=2,fsdp=2,expert=2", compare(workdir, reference))
+            report("the same run ended by 1 process, data=2,fsdp=2,expert=2", difference(workdir, reference))
         finally:
             for process in running:
                 process.kill()
