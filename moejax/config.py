@@ -280,11 +280,15 @@ class DataConfig:
 
 @_config
 class OptimizerConfig:
-    """AdamW with linear warmup and cosine decay."""
+    """AdamW, and the learning rate of each step."""
 
-    learning_rate: float = 1e-3  # the peak
-    warmup_steps: int = 100
-    final_fraction: float = 0.1  # the learning rate ends at this share of the peak
+    learning_rate: float = 1e-3  # the peak; schedule=inverse_sqrt: what is divided by sqrt(max(step, warmup_steps))
+    # cosine (to final_fraction of the peak), constant, inverse_sqrt (T5's, steps counted from 0)
+    schedule: str = "cosine"
+    warmup_steps: int = 100  # linear to the peak; schedule=inverse_sqrt: steps at its first rate (T5: 10,000)
+    final_fraction: float = 0.1  # schedule=cosine: the learning rate ends at this share of the peak
+    final_steps: int = 0  # schedule=cosine: updates at the end that keep the final learning rate
+    linear_decay: float = 0.0  # schedule=inverse_sqrt, constant: share of the steps, at the end, in a line to 0
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8

@@ -15,3 +15,5 @@ def validate(config: config_lib.Config) -> None:
     model.validate_causal(config)
     run.validate_labels(config)
     run.validate_training(config)
+    run.validate_optimizer(config)
+    run.validate_mesh(config)

@@ -32,6 +32,13 @@ def positive(config: config_lib.Config, *paths: str) -> None:
         require(0 < get(config, path) < math.inf, f"{path}={get(config, path)} must be positive; raise it")
 
 
+def unused(config: config_lib.Config, reason: str, *paths: str) -> None:
+    """Refuses fields that have no effect here, and yet have been changed."""
+    for path in paths:
+        value, default = get(config, path), get(config_lib.Config(), path)
+        require(value == default, f"{path}={value} has no effect with {reason}; leave it at {default}")
+
+
 def get(config: config_lib.Config, path: str) -> Any:
     """The value of a field by its dotted path."""
     value: Any = config

@@ -3,7 +3,7 @@
 import dataclasses
 
 from moejax import config as config_lib
-from moejax.rules.checks import at_least, get, one_of, positive, require
+from moejax.rules.checks import at_least, get, one_of, positive, require, unused
 
 
 def validate_labels(config: config_lib.Config) -> None:
@@ -74,10 +74,34 @@ def validate_data(config: config_lib.Config) -> None:
     )
 
 
+def validate_optimizer(config: config_lib.Config) -> None:
+    optimizer, num_steps = config.optimizer, config.training.num_steps
+    at_least(config, 0, "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.clip_norm")
+    for path in ("optimizer.beta1", "optimizer.beta2"):
+        require(0 <= get(config, path) < 1, f"{path}={get(config, path)} must lie in [0, 1); change it")
+    positive(config, "optimizer.eps")
+    one_of("optimizer.decay", optimizer.decay, ("matrices", "all"))
+    one_of("optimizer.schedule", optimizer.schedule, ("cosine", "constant", "inverse_sqrt"))
+    is_inverse_sqrt, name = optimizer.schedule == "inverse_sqrt", f"optimizer.schedule={optimizer.schedule}"
+    at_least(config, 1 if is_inverse_sqrt else 0, "optimizer.warmup_steps")
+    at_least(config, 0, "optimizer.final_steps")
+    for path in ("optimizer.final_fraction", "optimizer.linear_decay"):
+        require(0 <= get(config, path) <= 1, f"{path}={get(config, path)} must lie in [0, 1]; change it")
+    if optimizer.schedule == "cosine":
+        unused(config, name, "optimizer.linear_decay")
+    else:
+        unused(config, name, "optimizer.final_fraction", "optimizer.final_steps")
+    require(
+        not optimizer.final_steps or optimizer.warmup_steps + optimizer.final_steps < num_steps,
+        f"optimizer.final_steps={optimizer.final_steps} and optimizer.warmup_steps={optimizer.warmup_steps} leave no "
+        f"step of training.num_steps={num_steps} to the cosine; lower one of them",
+    )
+
+
 def validate_training(config: config_lib.Config) -> None:
-    training, optimizer = config.training, config.optimizer
+    training = config.training
     at_least(config, 1, "training.num_steps", "training.num_microbatches", "training.eval_every", "training.log_every")
-    at_least(config, 0, "training.eval_batches", "checkpoint.keep_every", "optimizer.warmup_steps")
+    at_least(config, 0, "training.eval_batches", "checkpoint.keep_every")
     at_least(config, 1, "checkpoint.every", "checkpoint.keep_last")
     require(0 < training.ema_alpha <= 1, f"training.ema_alpha={training.ema_alpha} must lie in (0, 1]; change it")
     require(
@@ -85,15 +109,9 @@ def validate_training(config: config_lib.Config) -> None:
         f"training.num_microbatches={training.num_microbatches} does not divide "
         f"data.batch_size={config.data.batch_size}; change one of them",
     )
-    at_least(config, 0, "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.clip_norm")
-    for path in ("optimizer.beta1", "optimizer.beta2"):
-        require(0 <= get(config, path) < 1, f"{path}={get(config, path)} must lie in [0, 1); change it")
-    require(
-        0 <= optimizer.final_fraction <= 1,
-        f"optimizer.final_fraction={optimizer.final_fraction} must lie in [0, 1]; change it",
-    )
-    positive(config, "optimizer.eps")
-    one_of("optimizer.decay", optimizer.decay, ("matrices", "all"))
+
+
+def validate_mesh(config: config_lib.Config) -> None:
     sizes = dataclasses.asdict(config.mesh)
     del sizes["split_physical_axes"]
     for name, size in sizes.items():

@@ -1,6 +1,7 @@
-"""AdamW, its schedule, and which parameters it decays."""
+"""The optimizer, its schedule, and which parameters it decays."""
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -12,17 +13,32 @@ _NOT_WEIGHTS = ("A_log", "conv_kernel", "embedding", "up_bias", "down_bias")
 
 
 def schedule(config: config_lib.Config) -> optax.Schedule:
-    """Learning rate of update n (from 0): linear warmup to the peak, then cosine to final_fraction of it.
+    """Learning rate of update n, counted from 0, of N = training.num_steps.
 
-    Update n of the warmup has (n + 1) / warmup_steps of the peak, so no update is wasted at zero.
+    - cosine: linear warmup to the peak, then cosine to final_fraction of it, which update N - final_steps is the first
+      to have. llm-random's code (MoE-Mamba) makes one update more than its cosine has steps.
+    - constant: the same warmup, then the peak.
+    - inverse_sqrt: learning_rate / sqrt(max(n, warmup_steps)), T5's: with 1.0 and 10,000 it is 0.01 for 10,000 updates.
+      T5X's create_learning_rate_scheduler counts from 0 too.
+
+    Update n of a linear warmup has (n + 1) / warmup_steps of the peak, so no update is wasted at zero. With
+    linear_decay a rate other than the cosine is times min(1, (N - n) / (N linear_decay)), as Mesh-TensorFlow's
+    learning_rate_schedule_noam.
     """
     c, num_steps = config.optimizer, config.training.num_steps
-    decay_steps = max(1, num_steps - c.warmup_steps)
+    decay_steps = max(1, num_steps - c.final_steps - c.warmup_steps)
     cosine = optax.cosine_decay_schedule(c.learning_rate, decay_steps, alpha=c.final_fraction)
 
     def learning_rate(step):
-        warmup = c.learning_rate * (step + 1) / max(1, c.warmup_steps)
-        return jax.numpy.where(step < c.warmup_steps, warmup, cosine(step - c.warmup_steps))
+        if c.schedule == "inverse_sqrt":
+            rate = c.learning_rate / jnp.sqrt(jnp.maximum(step, c.warmup_steps))
+        else:
+            warmup = c.learning_rate * (step + 1) / max(1, c.warmup_steps)
+            after = cosine(step - c.warmup_steps) if c.schedule == "cosine" else c.learning_rate
+            rate = jnp.where(step < c.warmup_steps, warmup, after)
+        if c.linear_decay:
+            rate *= jnp.clip((num_steps - step) / (num_steps * c.linear_decay), 0.0, 1.0)
+        return rate
 
     return learning_rate
 
