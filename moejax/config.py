@@ -279,9 +279,22 @@ class DataConfig:
 
 
 @_config
-class OptimizerConfig:
-    """AdamW, and the learning rate of each step."""
+class AdafactorConfig:
+    """Adafactor (arXiv 1804.04235); the defaults are T5X's. Its momentum, which T5 does not use, is left out."""
 
+    decay_rate: float = 0.8  # step t keeps 1 - t^-decay_rate of the mean squares, t from 1
+    eps: float = 1e-30  # added to squares of gradients
+    clip_rms: float = 1.0  # root mean square that a matrix's update is scaled down to; 0 = no clipping
+    scale_by_parameter: bool = True  # an update is times the root mean square of its matrix,
+    min_scale: float = 1e-3  # but at least times this
+    min_factored_dim: int = 128  # a matrix with a dim below this keeps the mean square of each of its weights
+
+
+@_config
+class OptimizerConfig:
+    """The rule of the update, and the learning rate of each step."""
+
+    name: str = "adamw"  # adamw, adafactor; decay, weight_decay and clip_norm mean the same for both
     learning_rate: float = 1e-3  # the peak; schedule=inverse_sqrt: what is divided by sqrt(max(step, warmup_steps))
     # cosine (to final_fraction of the peak), constant, inverse_sqrt (T5's, steps counted from 0)
     schedule: str = "cosine"
@@ -289,12 +302,13 @@ class OptimizerConfig:
     final_fraction: float = 0.1  # schedule=cosine: the learning rate ends at this share of the peak
     final_steps: int = 0  # schedule=cosine: updates at the end that keep the final learning rate
     linear_decay: float = 0.0  # schedule=inverse_sqrt, constant: share of the steps, at the end, in a line to 0
-    beta1: float = 0.9
+    beta1: float = 0.9  # name=adamw: this and the next two
     beta2: float = 0.95
     eps: float = 1e-8
-    weight_decay: float = 0.1
+    weight_decay: float = 0.1  # a step takes so much of a weight, times the learning rate
     decay: str = "matrices"  # matrices (weights of two dims and more, not A_log or embeddings), all
-    clip_norm: float = 1.0  # global norm of the gradient; 0 = no clipping
+    clip_norm: float = 1.0  # global norm of the gradient; 0 = no clipping (as T5X)
+    adafactor: AdafactorConfig = dataclasses.field(default_factory=AdafactorConfig)
 
 
 @_config

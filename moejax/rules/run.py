@@ -77,6 +77,14 @@ def validate_data(config: config_lib.Config) -> None:
 def validate_optimizer(config: config_lib.Config) -> None:
     optimizer, num_steps = config.optimizer, config.training.num_steps
     at_least(config, 0, "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.clip_norm")
+    one_of("optimizer.name", optimizer.name, ("adamw", "adafactor"))
+    of_adafactor = [f"optimizer.adafactor.{field.name}" for field in dataclasses.fields(optimizer.adafactor)]
+    of_adamw = ["optimizer.beta1", "optimizer.beta2", "optimizer.eps"]
+    others = of_adafactor if optimizer.name == "adamw" else of_adamw
+    unused(config, f"optimizer.name={optimizer.name}", *others)
+    at_least(config, 0, "optimizer.adafactor.clip_rms")
+    at_least(config, 1, "optimizer.adafactor.min_factored_dim")
+    positive(config, *(f"optimizer.adafactor.{name}" for name in ("decay_rate", "eps", "min_scale")))
     for path in ("optimizer.beta1", "optimizer.beta2"):
         require(0 <= get(config, path) < 1, f"{path}={get(config, path)} must lie in [0, 1); change it")
     positive(config, "optimizer.eps")
@@ -87,10 +95,8 @@ def validate_optimizer(config: config_lib.Config) -> None:
     at_least(config, 0, "optimizer.final_steps")
     for path in ("optimizer.final_fraction", "optimizer.linear_decay"):
         require(0 <= get(config, path) <= 1, f"{path}={get(config, path)} must lie in [0, 1]; change it")
-    if optimizer.schedule == "cosine":
-        unused(config, name, "optimizer.linear_decay")
-    else:
-        unused(config, name, "optimizer.final_fraction", "optimizer.final_steps")
+    of_cosine = ["optimizer.final_fraction", "optimizer.final_steps"]
+    unused(config, name, *(["optimizer.linear_decay"] if optimizer.schedule == "cosine" else of_cosine))
     require(
         not optimizer.final_steps or optimizer.warmup_steps + optimizer.final_steps < num_steps,
         f"optimizer.final_steps={optimizer.final_steps} and optimizer.warmup_steps={optimizer.warmup_steps} leave no "

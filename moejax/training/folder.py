@@ -25,7 +25,8 @@ _FREE_ON_RESUME = (
     *("model.moe.exchange", "model.moe.num_chunks", "model.moe.grouped_matmul"),
     *("data.num_workers", "data.source", "data.validation_source", "data.tfds_dir"),
 )
-_NEVER_FREE = ("training.seed",)
+# The seed has drawn the parameters; the others say of what arrays the optimizer's state is.
+_NEVER_FREE = ("training.seed", "optimizer.name", "optimizer.adafactor.min_factored_dim")
 
 
 def describe(config: config_lib.Config, data: pipeline.Data, workdir: pathlib.Path) -> None:

@@ -1,11 +1,14 @@
 """The optimizer, its schedule, and which parameters it decays."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
 from moejax import config as config_lib
+from moejax.training import adafactor
 
 # Matrices in shape that are not weights of a linear map: Mamba's reference code does not decay A_log, and the
 # convolution is depthwise. An embedding row is a vector a token, and a row of a bias one an expert.
@@ -61,14 +64,20 @@ def decay_mask(model: optax.Params, kind: str) -> optax.Params:
 
 
 def build(config: config_lib.Config) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW (arXiv 1711.05101) with the schedule and the decay mask."""
+    """Clipping by global norm, then AdamW (arXiv 1711.05101) or Adafactor, with the schedule and the decay mask.
+
+    Weight decay is times the learning rate in both. T5X's and optax's Adafactor decay without it, and T5 not at all.
+    """
     c = config.optimizer
-    adamw = optax.adamw(
-        schedule(config),
-        b1=c.beta1,
-        b2=c.beta2,
-        eps=c.eps,
-        weight_decay=c.weight_decay,
-        mask=lambda params: decay_mask(params, c.decay),
-    )
-    return optax.chain(optax.clip_by_global_norm(c.clip_norm), adamw) if c.clip_norm else adamw
+    mask = functools.partial(decay_mask, kind=c.decay)
+    if c.name == "adafactor":
+        update = optax.chain(
+            adafactor.scale_by_adafactor(c.adafactor),
+            optax.add_decayed_weights(c.weight_decay, mask),
+            optax.scale_by_learning_rate(schedule(config)),
+        )
+    else:
+        update = optax.adamw(
+            schedule(config), b1=c.beta1, b2=c.beta2, eps=c.eps, weight_decay=c.weight_decay, mask=mask
+        )
+    return optax.chain(optax.clip_by_global_norm(c.clip_norm), update) if c.clip_norm else update

@@ -14,7 +14,8 @@ from moejax.training import folder
         ("model.mamba2.scan", False), ("model.mamba2.chunk_size", False),
         ("data.text_field", True), ("data.seed", True),
         ("data.batch_size", True), ("training.seed", True), ("training.num_steps", False), ("mesh.data", False),
-        ("optimizer.learning_rate", False), ("checkpoint.every", False), ("data.num_workers", False),
+        ("optimizer.learning_rate", False), ("optimizer.name", True), ("optimizer.adafactor.clip_rms", False),
+        ("optimizer.adafactor.min_factored_dim", True), ("checkpoint.every", False), ("data.num_workers", False),
     ],
 )  # fmt: skip
 def test_a_run_goes_on_only_while_its_model_and_rows_stay_the_same(path, blocks):
