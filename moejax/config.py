@@ -318,6 +318,7 @@ class TrainingConfig:
     num_steps: int = 1000
     seed: int = 0  # of the parameters at initialisation
     num_microbatches: int = 1  # a batch is run in this many parts, one after another
+    z_weight: float = 0.0  # of the mean square of the log of the vocabulary softmax's normaliser (T5X: 1e-4)
     ema_alpha: float = 0.001  # weight of the new loss in ema_loss (MoE-Mamba: 0.001)
     eval_every: int = 200  # steps between evaluations on the held-out split; the last step is always one
     eval_batches: int = 0  # batches an evaluation reads; 0 = the whole split

@@ -17,7 +17,7 @@ from moejax.analysis import figures, heatmaps, words
 
 Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl
 _BY_LAYER = ("max_load", "unused_experts", "dropped", "router_entropy", "experts_per_token", "coactivation")
-_NO_PART = ("ema_loss", "validation_loss")  # of the objective
+_NO_PART = ("ema_loss", "validation_loss", "vocabulary_z_loss")  # of what the routers add to the objective
 _MAX_OPEN = 24  # rows of tables that are not folded away
 
 _LOSSES = {

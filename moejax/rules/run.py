@@ -109,6 +109,9 @@ def validate_training(config: config_lib.Config) -> None:
     at_least(config, 1, "training.num_steps", "training.num_microbatches", "training.eval_every", "training.log_every")
     at_least(config, 0, "training.eval_batches", "checkpoint.keep_every")
     at_least(config, 1, "checkpoint.every", "checkpoint.keep_last")
+    at_least(config, 0, "training.z_weight")
+    if config.model.num_softmaxes > 1:  # its logits are log-probabilities, whose normaliser is 1
+        unused(config, f"model.num_softmaxes={config.model.num_softmaxes}", "training.z_weight")
     require(0 < training.ema_alpha <= 1, f"training.ema_alpha={training.ema_alpha} must lie in (0, 1]; change it")
     require(
         config.data.batch_size % training.num_microbatches == 0,

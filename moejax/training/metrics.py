@@ -21,6 +21,7 @@ SCALARS = (
     "validation_loss",
     "learning_rate",
     "grad_norm",
+    "vocabulary_z_loss",
     *(f"{name}_loss" for name in (*config_lib.MOE_LOSSES, "relu")),
     "tokens_per_second",
 )

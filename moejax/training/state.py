@@ -71,22 +71,25 @@ def _split(model: lm.Lm) -> tuple[Any, Any, Any]:
 def make_gradients(config: config_lib.Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[dict[str, Any], Any]]:
     """(state, batch) -> (sums, gradients) of an update's objective, to be traced by `partition.on_mesh`.
 
-    The objective is the mean cross-entropy over the batch's counted tokens plus the router's auxiliary losses, each by
-    its weight, averaged over groups and, by model.moe.layer_reduction, averaged or summed over layers. Microbatches
-    change neither: each part's sums are divided by the whole batch's count. Noise is drawn row by row, by keys that
-    depend on training.seed and the step alone.
+    The objective is the mean cross-entropy over the batch's counted tokens, plus training.z_weight times the mean of
+    their `loss.z_loss`, plus the router's auxiliary losses, each by its weight, averaged over groups and, by
+    model.moe.layer_reduction, averaged or summed over layers. Microbatches change none of them: each part's sums are
+    divided by the whole batch's count. Noise is drawn row by row, by keys that depend on training.seed and the step
+    alone.
 
     sums: of `loss.sums`, over the whole batch. gradients: of the parameters, in their structure.
     """
-    moe_config = config.model.moe
+    moe_config, z_weight = config.model.moe, config.training.z_weight
     weights = moe_config.loss_weights()
     reduce_layers = jnp.mean if moe_config.layer_reduction == "mean" else jnp.sum
 
     def objective(
         params: Any, fixed: tuple[Any, Any], batch: Batch, num_tokens: Array, share: float
     ) -> tuple[Array, dict[str, Any]]:
-        sums = loss.sums(nnx.merge(fixed[0], params, fixed[1]), batch, train=True)
+        sums = loss.sums(nnx.merge(fixed[0], params, fixed[1]), batch, train=True, with_z=z_weight > 0)
         total = sums["nats"] / num_tokens
+        if z_weight:
+            total += z_weight * sums["z"] / num_tokens
         if sums["moe"] is not None:
             losses = {name: share * value_L for name, value_L in sums["moe"].losses.items()}
             sums["moe"] = sums["moe"]._replace(losses=losses)
@@ -134,7 +137,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """The jitted update by `make_gradients`: (state, batch) -> (state, metrics). The state that goes in is consumed.
 
-    Metrics (device arrays): loss, grad_norm, learning_rate, tokens, and for MoE models routing (`routing_metrics`).
+    Metrics (device arrays): loss, the cross-entropy alone; grad_norm, learning_rate, tokens; with training.z_weight
+    vocabulary_z_loss, without that weight; and for MoE models routing (`routing_metrics`).
     """
     tx, learning_rate = optimizer.build(config), optimizer.schedule(config)
     gradients = make_gradients(config, mesh)
@@ -150,6 +154,8 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": learning_rate(state.step),
         }
+        if "z" in sums:
+            metrics["vocabulary_z_loss"] = sums["z"] / jnp.maximum(sums["tokens"], 1.0)
         if sums["moe"] is not None:
             num_valid = jnp.sum(batch["segment_ids_BL"] > 0, dtype=jnp.int32)
             metrics["routing"] = routing_metrics(sums["moe"], num_valid)

@@ -207,6 +207,8 @@ class RowLog:
             "learning_rate": float(values["learning_rate"]),
             "grad_norm": grad_norm,
         }
+        if "vocabulary_z_loss" in values:
+            row["vocabulary_z_loss"] = float(values["vocabulary_z_loss"])
         row |= self.evaluation
         self.evaluation = {}
         row |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
