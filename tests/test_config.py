@@ -8,6 +8,7 @@ import pytest
 
 from moejax import config as config_lib
 from moejax import rules
+from moejax.config import plain
 
 
 def test_the_defaults_are_valid():
@@ -17,25 +18,25 @@ def test_the_defaults_are_valid():
 def test_a_config_survives_json():
     c = config_lib.Config()
     c.model.prefix, c.model.moe.top_k, c.data.source, c.mesh.data = ("attention", "mlp"), 2, "files:a b,ü", 4
-    again = config_lib.from_dict(json.loads(json.dumps(config_lib.to_dict(c))))
+    again = plain.from_dict(json.loads(json.dumps(plain.to_dict(c))))
     assert again == c
     assert hash(again) == hash(c)
 
 
 def test_a_missing_field_keeps_its_default_and_an_unknown_one_is_refused():
-    values = config_lib.to_dict(config_lib.Config())
+    values = plain.to_dict(config_lib.Config())
     del values["model"]["moe"]["top_k"]
-    assert config_lib.from_dict(values) == config_lib.Config()
+    assert plain.from_dict(values) == config_lib.Config()
     values["model"]["moe"]["experts"] = 3
     with pytest.raises(config_lib.ConfigError, match=r"^model\.moe\.experts is not a field"):
-        config_lib.from_dict(values)
+        plain.from_dict(values)
 
 
 def test_differences_name_the_field_and_both_values_in_order_of_declaration():
     old, new = config_lib.Config(), config_lib.Config()
     new.mesh.data, new.model.moe.num_experts = 2, 32
-    assert config_lib.differences(old, new) == [("model.moe.num_experts", 8, 32), ("mesh.data", -1, 2)]
-    assert config_lib.differences(old, old) == []
+    assert plain.differences(old, new) == [("model.moe.num_experts", 8, 32), ("mesh.data", -1, 2)]
+    assert plain.differences(old, old) == []
 
 
 def test_more_states_than_a_kernel_can_hold_are_refused():

@@ -12,6 +12,7 @@ from flax import nnx
 from moejax import config as config_lib
 from moejax import rules
 from moejax.analysis import params
+from moejax.config import plain
 from moejax.models import lm
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "configs"
@@ -44,7 +45,7 @@ def test_a_config_is_valid_and_its_model_runs_on_its_rows(function):
     c = function()
     assert function.__doc__
     rules.validate(c)
-    assert config_lib.from_dict(config_lib.to_dict(c)) == c
+    assert plain.from_dict(plain.to_dict(c)) == c
     tokens = jax.ShapeDtypeStruct((c.data.batch_size // c.training.num_microbatches, c.data.seq_length), jnp.int32)
 
     def train(tokens):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from moejax import config as config_lib
+from moejax.config import plain
 from moejax.rules import checks
 from moejax.rules import model as model_rules
 
@@ -105,7 +106,7 @@ def num_rows(config: config_lib.Config, num_devices: int) -> int:
 
 def changes(config: config_lib.Config, small: config_lib.Config) -> dict[str, Any]:
     """The fields that `reduce` changed, by dotted path, and what they are now."""
-    return {path: new for path, _, new in config_lib.differences(config, small)}
+    return {path: new for path, _, new in plain.differences(config, small)}
 
 
 def batch(config: config_lib.Config) -> dict[str, np.ndarray]:

@@ -236,7 +236,7 @@ def make_objective(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenize
     if not tokenizer.num_sentinels:
         raise config_lib.ConfigError(
             f"data.objective={config.objective} needs sentinel tokens, and data.tokenizer={config.tokenizer} has none; "
-            "use a T5 vocabulary, e.g. sentencepiece:FILE"
+            "use bpe, bytes or a T5 vocabulary, sentencepiece:FILE"
         )
     objective = packing.SpanCorruption(
         inputs_length=config.seq_length,

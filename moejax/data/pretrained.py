@@ -196,8 +196,6 @@ def _download(url: str, sha256: str) -> bytes:
 
 # --- SentencePiece -------------------------------------------------------------------------------------------------
 
-NUM_EXTRA_IDS = 100  # T5; extra_ids=100 of seqio.SentencePieceVocabulary
-
 # As protobuf writes a piece: its text, field 2 (score, a float) and field 3 (type).
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 _SENTINEL_PIECE = re.compile(rb"(<extra_id_\d+>\x15.{4}\x18)[%c%c]" % (_CONTROL, _USER_DEFINED), re.DOTALL)
@@ -224,7 +222,7 @@ class SentencePiece(Base):
             # Unused pieces are decoded and never encoded to.
             data = _SENTINEL_PIECE.sub(rb"\1%c" % _UNUSED, data)
         else:  # a message goes on in what is appended to it
-            data += b"".join(_unused_piece(f"▁<extra_id_{i}>") for i in reversed(range(NUM_EXTRA_IDS)))
+            data += b"".join(_unused_piece(f"▁<extra_id_{i}>") for i in reversed(range(config_lib.NUM_SENTINELS)))
         self._processor = _processor(data)
         self.vocab_size: int = self._processor.get_piece_size()
         self.end_of_text: int = self._processor.eos_id()

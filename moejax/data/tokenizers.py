@@ -13,6 +13,7 @@ from moejax import config as config_lib
 from moejax.data import cache, pretrained
 
 END_OF_TEXT = "<|endoftext|>"  # bpe: its name in the vocabulary; in a text these characters mean nothing
+_SENTINEL = "<extra_id_{}>"  # and that of a sentinel, as in T5
 MAX_CHARACTERS = 2**28  # bpe learns from so many at most, all of them in memory
 
 
@@ -64,7 +65,7 @@ class Tokenizer(Protocol):
 
     @property
     def num_sentinels(self) -> int:
-        """How many sentinels there are; 0 for bytes, bpe and gpt2."""
+        """How many sentinels there are; 0 for gpt2, and for bytes and bpe without objective=span_corruption."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -89,14 +90,17 @@ class Tokenizer(Protocol):
 
 
 class Bytes(pretrained.Base):
-    """Token i is byte i of the UTF-8 text, for i < 256."""
+    """Token i is byte i of the UTF-8 text, for i < 256; 256 is end-of-text, and sentinels, if any, come after it."""
 
     name = "bytes"
-    vocab_size = config_lib.NUM_BYTES + 1
     end_of_text = pad = config_lib.NUM_BYTES
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, sentinels: str = ""):
+        """sentinels: how many; "" for none."""
+        super().__init__(**({"sentinels": sentinels} if sentinels else {}))
+        self.num_sentinels = int(sentinels or 0)
+        self.vocab_size = config_lib.NUM_BYTES + 1 + self.num_sentinels
+        self.first_sentinel = self.vocab_size - 1 if self.num_sentinels else 0
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -105,7 +109,12 @@ class Bytes(pretrained.Base):
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return bytes(i for i in ids if 0 <= i < config_lib.NUM_BYTES).decode(errors="replace")
+        def written(i: int) -> bytes:
+            if config_lib.NUM_BYTES < i < self.vocab_size:
+                return _SENTINEL.format(self.first_sentinel - i).encode()
+            return bytes([i]) if 0 <= i < config_lib.NUM_BYTES else b""
+
+        return b"".join(map(written, ids)).decode(errors="replace")
 
 
 class Bpe(pretrained.Hf):
@@ -114,19 +123,23 @@ class Bpe(pretrained.Hf):
     name = "bpe"
 
     @classmethod
-    def train(cls, documents: Iterable[str], vocab_size: int) -> "Bpe":
-        """Learns merges until the vocabulary has `vocab_size` entries, or no pair of tokens occurs twice."""
+    def train(cls, documents: Iterable[str], vocab_size: int, num_sentinels: int = 0) -> "Bpe":
+        """Learns merges until the vocabulary has `vocab_size` entries, or no pair of tokens occurs twice.
+
+        The sentinels, which are among the entries, come last.
+        """
         model = hf_tokenizers.Tokenizer(models.BPE())
         model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         model.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
+            vocab_size=vocab_size - num_sentinels,
             min_frequency=2,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             special_tokens=[END_OF_TEXT],
             show_progress=False,
         )
         model.train_from_iterator(documents, trainer)
+        model.add_special_tokens([_SENTINEL.format(number) for number in reversed(range(num_sentinels))])
         return cls(model.to_str(), END_OF_TEXT)
 
     def to_json(self) -> str:
@@ -135,7 +148,7 @@ class Bpe(pretrained.Hf):
 
 
 def build(config: config_lib.DataConfig, documents: Iterable[str]) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names.
+    """The tokenizer that `data.tokenizer` names; bytes and bpe with sentinels, if data.objective needs them.
 
     BPE alone reads `documents`, which must be the training documents, up to MAX_CHARACTERS; it is cached under a hash
     of what it read. Few documents give fewer than `data.vocab_size` entries: `vocab_size` tells.
@@ -143,11 +156,12 @@ def build(config: config_lib.DataConfig, documents: Iterable[str]) -> Tokenizer:
     Raises:
       config.ConfigError: there is no such tokenizer, or its files are missing or not what they should be.
     """
+    num_sentinels = config_lib.NUM_SENTINELS if config.objective == "span_corruption" else 0
     match config.tokenizer.partition(":"):
         case "bytes", _, "":
-            return Bytes()
+            return Bytes(str(num_sentinels or ""))
         case "bpe", _, "":
-            return _build_bpe(_first(documents), config.vocab_size)
+            return _build_bpe(_first(documents), config.vocab_size, num_sentinels)
         case ("gpt2" | "sentencepiece" | "hf") as kind, _, place:
             return _read(kind, place, config)
     raise config_lib.ConfigError(
@@ -188,8 +202,9 @@ def _first(documents: Iterable[str]) -> list[str]:
     return taken
 
 
-def _build_bpe(documents: list[str], vocab_size: int) -> Tokenizer:
+def _build_bpe(documents: list[str], vocab_size: int, num_sentinels: int) -> Tokenizer:
     recipe = f"byte-level bpe {vocab_size} tokenizers {hf_tokenizers.__version__}"
+    recipe += f" sentinels {num_sentinels}" if num_sentinels else ""
     path = cache.folder() / f"tokenizer-{cache.digest([recipe, *documents])}.json"
     try:
         return load(path)
@@ -197,7 +212,7 @@ def _build_bpe(documents: list[str], vocab_size: int) -> Tokenizer:
         pass
     except (config_lib.ConfigError, OSError) as error:
         logging.warning("%s; training it again", error)
-    tokenizer = Bpe.train(documents, vocab_size)
+    tokenizer = Bpe.train(documents, vocab_size, num_sentinels)
     cache.store(path, tokenizer.to_json())
     return tokenizer
 

@@ -7,6 +7,7 @@ import typing
 from typing import Any
 
 from moejax import config as config_lib
+from moejax.config import plain
 
 
 def require(ok: bool, message: str) -> None:
@@ -55,7 +56,7 @@ def put(config: config_lib.Config, path: str, value: Any) -> None:
 
 def known(path: str, prefix: str = "") -> None:
     """Refuses a dotted path that is no field, naming the nearest that is. prefix: what the user writes before it."""
-    fields = config_lib.flatten(config_lib.Config())
+    fields = plain.flatten(config_lib.Config())
     if path in fields:
         return
     inside = [field.removeprefix(f"{path}.") for field in fields if field.startswith(f"{path}.")]
@@ -64,7 +65,7 @@ def known(path: str, prefix: str = "") -> None:
             f"{prefix}{path} is a group of fields; set one of them, e.g. {prefix}{path}.{inside[0]}"
         )
     close = difflib.get_close_matches(path, fields, n=1, cutoff=0.5)
-    hint = f"did you mean {prefix}{close[0]}?" if close else "moejax/config.py lists the fields"
+    hint = f"did you mean {prefix}{close[0]}?" if close else "moejax/config/__init__.py lists the fields"
     raise config_lib.ConfigError(f"{prefix}{path} is not a field of the config; {hint}")
 
 

@@ -1,5 +1,6 @@
 """Rules of config.model, but for its experts."""
 
+import dataclasses
 import math
 
 from moejax import config as config_lib
@@ -9,12 +10,12 @@ from moejax.rules.checks import at_least, get, one_of, positive, require
 
 def validate(model: config_lib.ModelConfig) -> None:
     config = config_lib.Config(model=model)
-    for part in ("prefix", "period", "suffix"):
+    for part in ("prefix", "period", "suffix", "encoder_period"):
         for sublayer in getattr(model, part):
             for branch in sublayer.split("|"):
                 one_of(f"model.{part}", branch, config_lib.BRANCHES)
     at_least(config, 1, "model.vocab_size", "model.d_model")
-    at_least(config, 0, "model.num_periods")
+    at_least(config, 0, "model.num_periods", "model.num_encoder_periods")
     require(bool(model.sublayers), "model has no sublayers; set model.period and model.num_periods, or model.prefix")
     one_of("model.norm", model.norm, ("rmsnorm", "layernorm"))
     one_of("model.init", model.init, ("switch", "moe_mamba"))
@@ -26,25 +27,98 @@ def validate(model: config_lib.ModelConfig) -> None:
         _validate_mamba("mamba", config)
     if model.uses("mamba2"):
         _validate_mamba("mamba2", config)
-    if model.uses("attention"):
-        heads = model.attention.num_heads
-        at_least(config, 1, "model.attention.num_heads")
-        fitting = [h for h in range(1, model.d_model + 1) if model.d_model % h == 0 and (model.d_model // h) % 2 == 0]
-        require(
-            heads in fitting,
-            f"model.attention.num_heads={heads} must divide model.d_model={model.d_model} into heads of even width; "
-            f"set it to one of {', '.join(map(str, fitting)) or 'none: make model.d_model even'}",
-        )
-        require(
-            model.attention.rope_base > 1,
-            f"model.attention.rope_base={model.attention.rope_base} must be over 1; raise it",
-        )
+    require(0 <= model.dropout < 1, f"model.dropout={model.dropout} must lie in [0, 1); change it")
+    require(
+        model.tie_embeddings or not model.scale_tied_logits,
+        "model.scale_tied_logits=True has no effect with model.tie_embeddings=False; change one of them",
+    )
+    _validate_encoder(model)
+    if model.uses("attention") or model.uses("cross_attention"):
+        _validate_attention(model, config)
     if model.uses("mlp"):
         at_least(config, 1, "model.mlp.d_ff")
         one_of("model.mlp.activation", model.mlp.activation, config_lib.ACTIVATIONS)
     experts.validate_projections(model)
     if model.has_experts:
         experts.validate(model.moe, config)
+
+
+def _validate_encoder(model: config_lib.ModelConfig) -> None:
+    given = f"model.encoder_period={model.encoder_period}"
+    require(
+        bool(model.encoder_period) == bool(model.num_encoder_periods),
+        f"{given} with model.num_encoder_periods={model.num_encoder_periods} is half an encoder; set both for an "
+        "encoder-decoder, or neither",
+    )
+    require(
+        model.has_encoder or not model.uses("cross_attention"),
+        "model.period has cross_attention, but there is no encoder to look at; set model.encoder_period and "
+        "model.num_encoder_periods, or use attention",
+    )
+    if not model.has_encoder:
+        return
+    encoder = model.encoder()
+    require(
+        not encoder.uses("cross_attention"),
+        f"{given} has cross_attention, which is for the decoder; use attention there",
+    )
+    for branch in ("mamba", "mamba2", "mamba_moe"):
+        require(
+            not encoder.uses(branch),
+            f"{given} has {branch}, which reads from left to right alone: the early tokens of a text would be read "
+            "without the later ones; use attention there (the decoder may have it)",
+        )
+    require(
+        "cross_attention" in "|".join(model.sublayers).split("|"),
+        f"{given} is an encoder that nothing reads; put cross_attention into model.period",
+    )
+    require(
+        model.causal,
+        "model.causal=False is for an encoder alone, and the decoder of an encoder-decoder predicts its next token; "
+        "set model.causal=True",
+    )
+    require(
+        model.num_softmaxes == 1,
+        f"model.num_softmaxes={model.num_softmaxes} is for models without an encoder; set it to 1",
+    )
+    require(
+        not (model.has_experts and model.moe.router == "label"),
+        "model.moe.router=label needs a label for each token, and rows of an encoder-decoder have none; use hash",
+    )
+
+
+def _validate_attention(model: config_lib.ModelConfig, config: config_lib.Config) -> None:
+    attention, d_model = model.attention, model.d_model
+    heads, path = attention.num_heads, "model.attention"
+    at_least(config, 1, f"{path}.num_heads")
+    at_least(config, 0, f"{path}.d_head")
+    one_of(f"{path}.position", attention.position, ("rotary", "relative", "none"))
+    multiple, what = (2, "heads of even width") if attention.position == "rotary" else (1, "heads")
+    if attention.d_head == 0:
+        fitting = [h for h in range(1, d_model + 1) if d_model % h == 0 and (d_model // h) % multiple == 0]
+        require(
+            heads in fitting,
+            f"{path}.num_heads={heads} must divide model.d_model={d_model} into {what}; "
+            f"set it to one of {', '.join(map(str, fitting)) or 'none: make model.d_model even'}",
+        )
+    require(
+        attention.d_head % multiple == 0,
+        f"{path}.d_head={attention.d_head} must be even for position=rotary; change one of them",
+    )
+    require(attention.rope_base > 1, f"{path}.rope_base={attention.rope_base} must be over 1; raise it")
+    if attention.position != "relative":
+        return
+    looks_ahead = model.has_encoder or not model.causal
+    least = 4 if looks_ahead else 2  # half of a direction's buckets have one distance each
+    require(
+        attention.num_buckets >= least and attention.num_buckets % least == 0,
+        f"{path}.num_buckets={attention.num_buckets} must be a multiple of {least}; T5 has 32",
+    )
+    require(
+        attention.max_distance > attention.num_buckets // 2,
+        f"{path}.max_distance={attention.max_distance} must be over num_buckets/2={attention.num_buckets // 2}, the "
+        "distances that a decoder has one bucket each for; raise it (T5: 128)",
+    )
 
 
 def _validate_mamba(kind: str, config: config_lib.Config) -> None:
@@ -84,6 +158,30 @@ def _validate_mamba(kind: str, config: config_lib.Config) -> None:
         )
 
 
+def validate_objective(config: config_lib.Config) -> None:
+    """Whether the model is one for what data.objective makes of documents."""
+    model, data = config.model, config.data
+    encoder_decoder = data.objective == "span_corruption"
+    require(
+        not (model.has_encoder and not encoder_decoder),
+        f"model.encoder_period={model.encoder_period} makes an encoder-decoder, and data.objective={data.objective} "
+        "has rows for a decoder alone; set data.objective=span_corruption, or model.encoder_period=() and "
+        "model.num_encoder_periods=0",
+    )
+    require(
+        not encoder_decoder or model.has_encoder or not model.causal,
+        f"data.objective={data.objective} has rows for an encoder-decoder, and the model is a decoder alone; set "
+        "model.encoder_period, model.num_encoder_periods and a cross_attention in model.period, or "
+        "data.objective=next_token",
+    )
+    group, length = model.moe.group_size, data.seq_length
+    require(
+        not (model.has_encoder and model.has_experts) or group % length == 0,
+        f"model.moe.group_size={group} is not a multiple of data.seq_length={length}: in an encoder-decoder a group is "
+        "whole rows, the same in both stacks; set it to 0 (one row) or a multiple",
+    )
+
+
 def validate_causal(config: config_lib.Config) -> None:
     """What reads the future may not predict it."""
     model, objective = config.model, config.data.objective
@@ -92,7 +190,8 @@ def validate_causal(config: config_lib.Config) -> None:
         "model.causal=False would let the model read the tokens that it predicts with data.objective=next_token; "
         "set model.causal=True",
     )
-    if not (model.causal and model.has_experts):
+    decoder = dataclasses.replace(model, encoder_period=(), num_encoder_periods=0)
+    if not (model.causal and decoder.has_experts):
         return
     router = model.moe.router
     require(

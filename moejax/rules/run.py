@@ -60,13 +60,15 @@ def validate_data(config: config_lib.Config) -> None:
     for path in ("data.validation_fraction", "data.noise_density"):
         require(0 < get(config, path) < 1, f"{path}={get(config, path)} must lie between 0 and 1; change it")
     at_least(config, 1, "data.mean_span_length")
+    sentinels = config_lib.NUM_SENTINELS if data.objective == "span_corruption" else 0
+    minimum = config_lib.NUM_BYTES + 1 + sentinels
     if data.tokenizer == "bpe":
-        minimum = config_lib.NUM_BYTES + 1
+        what = f"256 bytes, end-of-text and {sentinels} sentinels" if sentinels else "256 bytes and end-of-text"
         require(
             data.vocab_size >= minimum,
-            f"data.vocab_size={data.vocab_size} must be {minimum} or more (256 bytes and end-of-text); raise it",
+            f"data.vocab_size={data.vocab_size} must be {minimum} or more ({what}); raise it",
         )
-    size = {"bpe": data.vocab_size, "bytes": config_lib.NUM_BYTES + 1, "gpt2": config_lib.GPT2_VOCAB_SIZE}.get(kind, 0)
+    size = {"bpe": data.vocab_size, "bytes": minimum, "gpt2": config_lib.GPT2_VOCAB_SIZE}.get(kind, 0)
     require(
         config.model.vocab_size >= size,
         f"model.vocab_size={config.model.vocab_size} is below the {size} tokens of data.tokenizer={data.tokenizer}; "

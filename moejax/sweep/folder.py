@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moejax import config as config_lib
 from moejax import files
 from moejax.analysis import sweep_results
+from moejax.config import plain
 from moejax.sweep import lock, outcome
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def read(workdir: pathlib.Path) -> Description | None:
     try:
         values = files.read_json(path)
         rows = {entry["row"]["name"]: sweep_results.Row(**entry["row"]) for entry in values["points"]}
-        configs = {entry["row"]["name"]: config_lib.from_dict(entry["config"]) for entry in values["points"]}
+        configs = {entry["row"]["name"]: plain.from_dict(entry["config"]) for entry in values["points"]}
         return Description(values["baseline"], rows, configs)
     except (TypeError, KeyError, config_lib.ConfigError) as error:
         raise config_lib.ConfigError(f"{path} is no list of points ({error}); choose another --workdir") from None
@@ -105,7 +106,7 @@ def check(workdir: pathlib.Path, new: Description, only: Collection[str] = ()) -
                 f"--workdir={workdir} holds another sweep: its point {name} is not in this one; put it back, or choose "
                 "another --workdir"
             )
-        for path, before, now in config_lib.differences(there, new.configs[name]):
+        for path, before, now in plain.differences(there, new.configs[name]):
             if not outcome.free(path):
                 raise config_lib.ConfigError(
                     f"{path}={now} of point {name}, but --workdir={workdir} holds a sweep with {path}={before}; set it "
@@ -120,7 +121,7 @@ def write(workdir: pathlib.Path, new: Description) -> None:
     """Writes points.json, whole or not at all, where it says anything else. Points that it has beside these stay."""
     old = read(workdir) or Description(None, {}, {})
     rows, configs = new.rows | (old.rows | new.rows), new.configs | (old.configs | new.configs)
-    points = [{"row": dataclasses.asdict(rows[name]), "config": config_lib.to_dict(configs[name])} for name in rows]
+    points = [{"row": dataclasses.asdict(rows[name]), "config": plain.to_dict(configs[name])} for name in rows]
     text = json.dumps({"baseline": new.baseline, "points": points}, indent=1) + "\n"
     path = workdir / FILE
     if not path.exists() or path.read_text() != text:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 from moejax import config as config_lib
+from moejax.config import plain
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "scripts" / "launch_gke.py"
 
@@ -55,7 +56,7 @@ def commands(
 
 def overrides(base: config_lib.Config, config: config_lib.Config) -> list[str]:
     """What makes the config of the base on a command line."""
-    return [f"--config.{path}={_written(new)}" for path, _, new in config_lib.differences(base, config)]
+    return [f"--config.{path}={_written(new)}" for path, _, new in plain.differences(base, config)]
 
 
 def _written(value: object) -> str:

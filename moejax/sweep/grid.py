@@ -24,6 +24,7 @@ from typing import Any
 
 from moejax import config as config_lib
 from moejax import rules
+from moejax.config import plain
 from moejax.rules import checks
 from moejax.sweep import names
 
@@ -192,7 +193,7 @@ def points(sweep: Sweep) -> list[Point]:
     for row in sweep.grid:
         try:
             config = _make(base, row)
-            settings = {field: new for field, _, new in config_lib.differences(base, config)}
+            settings = {field: new for field, _, new in plain.differences(base, config)}
             made += [_point(row, seed, settings, config) for seed in sweep.seeds]
         except config_lib.ConfigError as error:
             raise config_lib.ConfigError(f"point {row.name}: {error}") from None
@@ -255,7 +256,7 @@ def _joined(rows: Sequence[Row]) -> Row:
 def _hold(measure: str, grid: Sequence[Row], solve: str, like: Mapping[str, Any] | None, multiple_of: int) -> Grid:
     for field in (solve, *(like or {})):
         _check_field(field)
-    default = config_lib.flatten(config_lib.Config())[solve]
+    default = plain.flatten(config_lib.Config())[solve]
     checks.require(
         type(default) is int, f"iso_{measure}(solve={solve}) must name a whole number, as model.moe.d_expert; change it"
     )

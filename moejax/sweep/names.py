@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from moejax import config as config_lib
+from moejax.config import plain
 
 GRANULARITY = "granularity"  # beside the fields of a config: see `grid.granularity`
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_=-]*")  # what a name may be, on any file system
@@ -36,7 +37,7 @@ def word(field: str, value: Any) -> str:
 
 def _last(field: str) -> str:
     """The end of the path that no other field has."""
-    parts, fields = field.split("."), config_lib.flatten(config_lib.Config())
+    parts, fields = field.split("."), plain.flatten(config_lib.Config())
     for length in range(1, len(parts)):
         end = ".".join(parts[-length:])
         if sum(other == end or other.endswith(f".{end}") for other in fields) == 1:

@@ -11,6 +11,7 @@ import numpy as np
 from moejax import config as config_lib
 from moejax import files
 from moejax.analysis import sweep_results
+from moejax.config import plain
 
 FILE = "result.json"
 Status = Literal["done", "failed", "does not fit"]
@@ -80,8 +81,8 @@ def of_run(folder: pathlib.Path, config: config_lib.Config) -> Outcome | None:
     num_steps = config.training.num_steps
     if not ((folder / "checkpoints" / str(num_steps)).is_dir() and (folder / "config.json").is_file()):
         return None
-    made_with = config_lib.from_dict(files.read_json(folder / "config.json"))
-    for path, there, here in config_lib.differences(made_with, config):
+    made_with = plain.from_dict(files.read_json(folder / "config.json"))
+    for path, there, here in plain.differences(made_with, config):
         if not free(path):
             error = f"it was trained with {path}={there}, and the point has {here}; move {folder} away to train it anew"
             return Outcome(status="failed", error=error)
@@ -104,7 +105,7 @@ def measure(folder: pathlib.Path, config: config_lib.Config) -> Numbers:
         return numbers
     from moejax.analysis import routing_report  # it draws, too, and takes a second to import
 
-    routing = routing_report.numbers(config_lib.flatten(config), rows, None)
+    routing = routing_report.numbers(plain.flatten(config), rows, None)
     return dataclasses.replace(
         numbers,
         dropped=routing_report.layer_mean(routing, "dropped"),

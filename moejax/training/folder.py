@@ -9,6 +9,7 @@ from typing import Any
 
 from moejax import config as config_lib
 from moejax import files, rules
+from moejax.config import plain
 from moejax.data import pipeline, tokenizers
 from moejax.training import metrics
 
@@ -31,7 +32,7 @@ _NEVER_FREE = ("training.seed", "optimizer.name", "optimizer.adafactor.min_facto
 
 def describe(config: config_lib.Config, data: pipeline.Data, workdir: pathlib.Path) -> None:
     """Writes what the run is made of: its config, what its corpus is, and the tokenizer."""
-    files.write(workdir / CONFIG_FILE, json.dumps(config_lib.to_dict(config), indent=2) + "\n")
+    files.write(workdir / CONFIG_FILE, json.dumps(plain.to_dict(config), indent=2) + "\n")
     files.write(workdir / DATA_FILE, json.dumps(data.describe(), indent=2) + "\n")
     data.tokenizer.save(workdir / TOKENIZER_FILE)
 
@@ -66,7 +67,7 @@ def check(config: config_lib.Config, workdir: pathlib.Path) -> list[str]:
     changed: list[str] = []
     if not has_checkpoints(workdir):
         return changed
-    for path, old, new in config_lib.differences(load_config(workdir), config):
+    for path, old, new in plain.differences(load_config(workdir), config):
         if blocks_resume(path):
             raise config_lib.ConfigError(
                 f"{path}={new} but the checkpoints in {workdir} were made with {path}={old}; "
@@ -110,7 +111,7 @@ def load_config(workdir: pathlib.Path) -> config_lib.Config:
     """The config that a run has written into its folder."""
     path = workdir / CONFIG_FILE
     try:
-        config = config_lib.from_dict(files.read_json(path))
+        config = plain.from_dict(files.read_json(path))
         rules.validate(config)
         return config
     except FileNotFoundError:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from moejax import config as config_lib
+from moejax.config import plain
 from moejax.training import peers
 
 HEARTBEAT = 80  # seconds after which jax gives up a silent process: later than peers.SILENCE, which says who it is
@@ -133,7 +134,7 @@ def joined(place: peers.Place | None, config: config_lib.Config, *, start_timeou
     if place is None:
         yield
         return
-    settings = {"jax": importlib.metadata.version("jax"), **config_lib.flatten(config)}
+    settings = {"jax": importlib.metadata.version("jax"), **plain.flatten(config)}
     _peers = peers.meet(place, settings, time_limit=start_timeout, say=say)
     _peers.watch()
 

@@ -9,6 +9,7 @@ import re
 import numpy as np
 
 from moejax import config
+from moejax.config import plain
 
 NUM_LAYERS, NUM_EXPERTS = 2, 4
 ATTACK = "<script>alert(1)</script>"
@@ -50,7 +51,7 @@ def make_run(
     settings = config.Config()
     settings.training.seed = seed
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config.to_dict(settings)))
+    (folder / "config.json").write_text(json.dumps(plain.to_dict(settings)))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if evaluation:
         result = {

@@ -234,7 +234,7 @@ def test_the_digest_follows_the_documents_and_not_their_place(config, packing_na
 def test_span_corruption_needs_sentinels(config):
     config.objective = "span_corruption"
     with pytest.raises(config_lib.ConfigError, match=r"needs sentinel tokens, and data\.tokenizer=bpe has none; use"):
-        pipeline.load(config)
+        pipeline.load(config, tokenizers.Bytes())
 
 
 # --- training ------------------------------------------------------------------------------------------------------

@@ -87,6 +87,26 @@ def test_what_save_wrote_load_reads_back(tokenizer, tmp_path):
     assert [path.name for path in path.parent.iterdir()] == ["tokenizer.json"]  # nothing half-written is left
 
 
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_span_corruption_gets_a_hundred_sentinels_above_the_text_that_no_text_encodes_to(kind, tmp_path):
+    """<extra_id_0> is the last id; bpe keeps to its vocab_size."""
+    config = config_lib.DataConfig(tokenizer=kind, vocab_size=370)
+    plain = tokenizers.build(config, DOCUMENTS)
+    config.objective = "span_corruption"
+    built = tokenizers.build(config, DOCUMENTS)
+    built.save(tmp_path / "tokenizer.json")
+    for tokenizer in (built, tokenizers.load(tmp_path / "tokenizer.json"), pickle.loads(pickle.dumps(built))):
+        assert tokenizer == built != plain
+        assert tokenizer.vocab_size == (370 if kind == "bpe" else 357)
+        assert (tokenizer.first_sentinel, tokenizer.num_sentinels) == (tokenizer.vocab_size - 1, 100)
+        for text in (*TEXTS, "<extra_id_0><extra_id_99>"):
+            ids = tokenizer.encode(text)
+            assert not ids or max(ids) <= tokenizer.first_sentinel - 100
+            assert tokenizer.decode(ids) == text
+        sentinels = [tokenizer.first_sentinel - number for number in (0, 31, 99)]
+        assert tokenizer.decode([*tokenizer.encode("a"), *sentinels]) == "a<extra_id_0><extra_id_31><extra_id_99>"
+
+
 def test_files_of_earlier_versions_load(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text('{"type": "bytes"}')

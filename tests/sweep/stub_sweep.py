@@ -18,6 +18,7 @@ import time
 from moejax import config as config_lib
 from moejax import files
 from moejax.analysis import sweep_results
+from moejax.config import plain
 from moejax.sweep import child, folder, outcome, runner
 
 NUM_STEPS, SAVE_EVERY, STEP_SECONDS = 30, 4, 0.01
@@ -64,7 +65,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
     metrics = workdir / "metrics.jsonl"
     kept = [row for row in files.read_rows(metrics) if row["step"] <= start] if metrics.exists() else []
     files.write(metrics, "".join(json.dumps(row) + "\n" for row in kept))
-    files.write(workdir / "config.json", json.dumps(config_lib.to_dict(config)))
+    files.write(workdir / "config.json", json.dumps(plain.to_dict(config)))
     with metrics.open("a", buffering=1) as file:
         for step in range(start + 1, config.training.num_steps + 1):
             since = time.perf_counter()

@@ -3,6 +3,7 @@
 import pytest
 
 from moejax import config as config_lib
+from moejax.config import plain
 from moejax.training import folder
 
 
@@ -19,5 +20,5 @@ from moejax.training import folder
     ],
 )  # fmt: skip
 def test_a_run_goes_on_only_while_its_model_and_rows_stay_the_same(path, blocks):
-    assert path in config_lib.flatten(config_lib.Config())
+    assert path in plain.flatten(config_lib.Config())
     assert folder.blocks_resume(path) is blocks

@@ -1,4 +1,4 @@
-"""Every setting of a run, as nested dataclasses, and its way to JSON and back.
+"""Every setting of a run, as nested dataclasses; `plain` is their way to JSON and back.
 
 A config file under configs/ returns a `Config`; the command line overrides fields by their path
 (`--config.model.moe.num_experts=32`), and `rules.validate` runs once after the overrides. Neither module imports jax,
@@ -6,14 +6,12 @@ so a launcher can read a config anywhere.
 """
 
 import dataclasses
-import json
 import typing
-from collections.abc import Iterator
-from typing import Any
 
-BRANCHES = ("mamba", "mamba2", "mamba_moe", "attention", "mlp", "moe")
+BRANCHES = ("mamba", "mamba2", "mamba_moe", "attention", "cross_attention", "mlp", "moe")
 MAMBA_PROJECTIONS = ("conv", "gate", "out")
 NUM_BYTES = 256  # the byte tokenizer has these and one end-of-text token
+NUM_SENTINELS = 100  # of a tokenizer that has none of its own (T5; extra_ids=100 of seqio.SentencePieceVocabulary)
 GPT2_VOCAB_SIZE = 50_257
 CORPORA = ("wikipedia", "docstrings")  # sources that need no files
 SOURCES = (*CORPORA, "files", "tfds", "prepared")
@@ -111,10 +109,16 @@ class Mamba2Config:
 
 @_config
 class AttentionConfig:
-    """Causal multi-head attention with rotary positions (arXiv 2104.09864)."""
+    """Multi-head attention, of a stack to itself and of a decoder to its encoder."""
 
-    num_heads: int = 8  # must divide d_model; the head width d_model / num_heads must be even
-    rope_base: float = 10_000.0  # base of the rotary frequencies
+    num_heads: int = 8
+    d_head: int = 0  # Q, width of a head; 0 = d_model / num_heads. Even, if position=rotary
+    # rotary (arXiv 2104.09864); relative: a bias for each head and distance, one table for all layers of a stack (T5,
+    # arXiv 1910.10683); none. Cross attention has none
+    position: str = "rotary"
+    rope_base: float = 10_000.0  # position=rotary: base of the frequencies
+    num_buckets: int = 32  # position=relative: entries of the table; half of them for the future where that is seen
+    max_distance: int = 128  # position=relative: distances from here on share the last bucket
 
 
 @_config
@@ -148,7 +152,9 @@ class MoeConfig:
     # who gets the slots: tokens (in their order), choices (first choices of all tokens first), priority (the tokens of
     # highest probability); auto: tokens, but choices for gshard in training
     capacity_order: str = "auto"
-    group_size: int = 0  # tokens among which capacity is counted; 0 = one row (data.seq_length)
+    # tokens among which capacity is counted; 0 = one row (data.seq_length). In an encoder-decoder of the encoder's: the
+    # decoder counts among its tokens of the same rows
+    group_size: int = 0
     # capacity; dropless: every choice is computed, capacity factors do not apply; auto: dropless for the routers whose
     # papers are (`Router`), and where the capacity factor is 0 if that is faster (ops/dispatch_rules.py)
     dispatch: str = "auto"
@@ -210,24 +216,34 @@ class MoeConfig:
 
 @_config
 class ModelConfig:
-    """A language model: prefix + period * num_periods + suffix, each entry a residual branch."""
+    """A language model: prefix + period * num_periods + suffix, each entry a residual branch.
 
-    causal: bool = True  # False: an encoder, whose attention looks both ways
+    With an encoder_period it is an encoder-decoder (T5): the encoder is encoder_period * num_encoder_periods and looks
+    both ways; the above is the decoder, whose sublayers may be "cross_attention". All else is the same for both.
+    """
+
+    causal: bool = True  # False: an encoder alone, whose attention looks both ways
     vocab_size: int = 4096  # V, at least the tokenizer's
     d_model: int = 256  # D
     prefix: tuple[str, ...] = ()  # sublayers before the periods, e.g. ("attention", "mlp")
     period: tuple[str, ...] = ("mamba", "moe")  # "mamba|moe" puts two branches in parallel under one norm
     num_periods: int = 4
     suffix: tuple[str, ...] = ()
+    encoder_period: tuple[str, ...] = ()  # e.g. ("attention", "mlp", "attention", "moe"); (): no encoder
+    num_encoder_periods: int = 0
     norm: str = "rmsnorm"  # rmsnorm, layernorm
     norm_eps: float = 1e-5
     final_norm: bool = True  # MoE-Mamba's reference code has none
     tie_embeddings: bool = True
+    scale_tied_logits: bool = False  # tie_embeddings: the head's input over sqrt(d_model) (T5 1.0)
     num_softmaxes: int = 1  # over 1: the head is a mixture of so many softmaxes (arXiv 1711.03953)
     init: str = "switch"  # switch (cut at 2 sd, section 2.4), moe_mamba (cut at +-2 init_scale, as its code)
     init_scale: float = 0.1  # s in sd = sqrt(s / fan_in)
     embedding_std: float = 0.02  # init=switch; moe_mamba has fan_in 1 instead
     rescale_out_proj: bool = True  # Mamba's out_proj over sqrt(number of residual branches)
+    # in training: of embeddings, attention probabilities, hidden units of mlp, outputs of branches and of the final
+    # norm (T5); hidden units of experts have moe.expert_dropout
+    dropout: float = 0.0
     remat: str = "none"  # none, period: recompute a period's activations in the backward pass
     compute_dtype: str = "float32"  # float32, bfloat16; router, norms, dt, A and the scan stay float32
     mamba: MambaConfig = dataclasses.field(default_factory=MambaConfig)
@@ -238,12 +254,30 @@ class ModelConfig:
 
     @property
     def sublayers(self) -> tuple[str, ...]:
-        """Every residual branch in depth order."""
+        """Every residual branch in depth order; of an encoder-decoder, those of the decoder."""
         return (*self.prefix, *self.period * self.num_periods, *self.suffix)
 
+    @property
+    def has_encoder(self) -> bool:
+        """Whether it is an encoder-decoder."""
+        return bool(self.encoder_period)
+
+    def encoder(self) -> "ModelConfig":
+        """The encoder of an encoder-decoder, as an encoder alone."""
+        return dataclasses.replace(
+            self,
+            causal=False,
+            prefix=(),
+            period=self.encoder_period,
+            num_periods=self.num_encoder_periods,
+            suffix=(),
+            encoder_period=(),
+            num_encoder_periods=0,
+        )
+
     def uses(self, branch: str) -> bool:
-        """Whether any sublayer has this branch."""
-        return any(branch in sublayer.split("|") for sublayer in self.sublayers)
+        """Whether any sublayer, of the encoder too, has this branch."""
+        return any(branch in sublayer.split("|") for sublayer in (*self.encoder_period, *self.sublayers))
 
     @property
     def has_experts(self) -> bool:
@@ -266,7 +300,8 @@ class DataConfig:
     tfds_dir: str = ""  # where tfds: looks; "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
     tokenizer: str = "bpe"  # bpe (trained on the training documents), bytes, gpt2[:FOLDER], sentencepiece:FILE, hf:FILE
     end_of_text: str = ""  # tokenizer=hf: the token between documents; "" = the one of the usual names that it has
-    vocab_size: int = 4096  # tokenizer=bpe: entries, end-of-text included
+    # tokenizer=bpe: entries, end-of-text included, and the NUM_SENTINELS of objective=span_corruption
+    vocab_size: int = 4096
     packing: str = "best_fit"  # best_fit (whole documents), concatenate, sample (MoE-Mamba), pad (a document a row)
     isolate_documents: bool = True  # documents of a row do not see one another (convolution, state, attention)
     objective: str = "next_token"  # next_token, span_corruption (T5; for encoder-decoder models)
@@ -357,45 +392,3 @@ class Config:
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """The config as nested plain values, ready for JSON."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def from_dict(values: dict[str, Any]) -> Config:
-    """The inverse of `to_dict`. An unknown field is a ConfigError; a missing one keeps its default."""
-    config = Config()
-    _fill(config, values, "")
-    return config
-
-
-def _fill(node: Any, values: dict[str, Any], path: str) -> None:
-    known = {field.name for field in dataclasses.fields(node)}
-    for name, value in values.items():
-        if name not in known:
-            raise ConfigError(f"{path}{name} is not a field of this version's config; remove it")
-        if isinstance(value, dict):
-            _fill(getattr(node, name), value, f"{path}{name}.")
-        else:
-            setattr(node, name, tuple(value) if isinstance(value, list) else value)
-
-
-def flatten(config: Config) -> dict[str, Any]:
-    """Every leaf field by its dotted path, in order of declaration."""
-
-    def leaves(values: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
-        for name, value in values.items():
-            if isinstance(value, dict):
-                yield from leaves(value, f"{path}{name}.")
-            else:
-                yield f"{path}{name}", value
-
-    return dict(leaves(to_dict(config), ""))
-
-
-def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
-    """(path, old value, new value) of every field that differs."""
-    before, after = flatten(old), flatten(new)
-    return [(path, before[path], after[path]) for path in before if before[path] != after[path]]
