@@ -119,14 +119,3 @@ def test_the_head_of_a_mixture_of_softmaxes_gives_log_probabilities_and_trains(t
     gradient = jax.jit(jax.grad(lambda model: -model(tokens)[0][..., 0].mean()))(model)
     for leaf in (gradient.mixture.prior, gradient.mixture.latent, gradient.embedding):
         assert np.abs(leaf[...]).max() > 0
-
-
-def test_initialisation_as_moe_mambas_code_has_it():
-    """Embedding cut at +-0.2 with sd near its analytic value; experts' second matrices sqrt(E) smaller."""
-    model = make(init="moe_mamba", tie_embeddings=False)
-    embedding = np.asarray(model.embedding[...])
-    assert np.abs(embedding).max() <= 0.2
-    moe = model.periods.blocks[1].branches[0]
-    sd_up, sd_down = (float(np.std(weight[...])) for weight in (moe.up, moe.down))
-    np.testing.assert_allclose(sd_up, np.sqrt(0.1 / 8) * 0.83, rtol=0.1)  # cut at 0.2, which is 1.79 sd
-    np.testing.assert_allclose(sd_down, np.sqrt(0.1 / (4 * 8)), rtol=0.1)

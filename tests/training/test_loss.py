@@ -82,5 +82,7 @@ def test_a_z_weight_that_has_no_effect_or_no_sense_is_refused(config):
     with pytest.raises(config_lib.ConfigError, match=r"training\.z_weight=-0\.0001 must be 0 or more"):
         rules.validate(config)
     config.training.z_weight, config.model.num_softmaxes = 1e-4, 2
-    with pytest.raises(config_lib.ConfigError, match=r"z_weight=0\.0001 has no effect with model\.num_softmaxes=2; lea"):
+    with pytest.raises(
+        config_lib.ConfigError, match=r"z_weight=0\.0001 has no effect with model\.num_softmaxes=2; lea"
+    ):
         rules.validate(config)
