@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from moejax import config as config_lib
-from moejax.models import lm
+from moejax.models import model as model_lib
 from moejax.training import optimizer
 
 
@@ -36,7 +36,7 @@ def test_schedule_without_warmup_starts_at_the_peak(config):
 def test_matrices_decays_the_weights_of_linear_maps_and_all_decays_everything(config):
     config.model.period = ("mamba", "mamba2", "moe", "attention", "mlp")
     config.model.mlp.bias = config.model.moe.bias = True
-    model = lm.abstract(config.model)
+    model = model_lib.abstract(config.model)
     decayed, spared = set(), set()
     for path, decays in jax.tree_util.tree_leaves_with_path(optimizer.decay_mask(model, "matrices")):
         (decayed if decays else spared).add(path[-2].name)
