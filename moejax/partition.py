@@ -123,6 +123,10 @@ def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
             f"training.num_microbatches={microbatches}; set it to a multiple of {shards * microbatches}"
         )
     parts, length = mesh.shape["sequence"], config.data.seq_length
+    if parts > 1 and config.model.has_encoder:
+        raise config_lib.ConfigError(
+            f"mesh.sequence={parts} is for models without an encoder, whose rows have one length; set it to 1"
+        )
     if length % parts != 0:
         raise config_lib.ConfigError(
             f"mesh.sequence={parts} does not divide data.seq_length={length}; set mesh.sequence to a divisor of "

@@ -24,6 +24,7 @@ from moejax import config as config_lib
 from moejax.analysis import params
 from moejax.layers import attention
 from moejax.models import generate, lm
+from moejax.models import model as model_lib
 
 NAMES = ("Mamba", "MoE-Mamba", "Transformer")
 
@@ -107,7 +108,7 @@ def main() -> None:
         print(
             f"{name}: {millions['non_embedding_active']} active, {millions['non_embedding_total']} in all", flush=True
         )
-        models[name] = fill(lm.abstract(config))
+        models[name] = fill(model_lib.abstract(config))
     print(f"\n{'model':<12}{'batch':>6}{'context':>9}{'ms/step':>10}{'tokens/s':>10}{'cache MB a row':>16}", flush=True)
     room = generate.CHUNK * (arguments.rounds + 1)
     times = {}

@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 from moejax import config as config_lib
+from moejax.data import corruption
 from moejax.ops import dispatch_rules
 
 BACKWARD = 2  # over the forward pass: the gradients of both factors of each product
@@ -40,13 +41,38 @@ class _Products(NamedTuple):
 
 def training_step(config: config_lib.Config, *, is_split: bool = False) -> Flops:
     """The FLOPs of one step of this config. is_split: experts lie on several devices."""
-    model, tokens = config.model, config.data.batch_size * config.data.seq_length
+    rows, length, total = config.data.batch_size, config.data.seq_length, Flops(0.0, 0.0)
+    group = config.model.moe.group_size or length
+    stacks = [_Stack(config.model, length, 0, group)]
+    if config.model.has_encoder:
+        targets_length = corruption.row_lengths(config.data)[1]
+        decoder = _Stack(config.model, targets_length, length, group // length * targets_length)
+        stacks = [_Stack(config.model.encoder(), length, 0, group), decoder]
+    for stack in stacks:
+        one, tokens = _stack_step(stack, has_head=stack is stacks[-1], is_split=is_split), rows * stack.length
+        total = Flops(total.useful + tokens * one.useful, total.executed + tokens * one.executed)
+    return total
+
+
+class _Stack(NamedTuple):
+    """What the products of a stack depend on. memory: positions that cross attention looks at. group: tokens among which
+    capacity is counted."""
+
+    model: config_lib.ModelConfig
+    length: int
+    memory: int
+    group: int
+
+
+def _stack_step(stack: _Stack, *, has_head: bool, is_split: bool) -> Flops:
+    """For each token."""
+    model = stack.model
 
     def parts(sublayers: tuple[str, ...], *, slots: bool) -> list[_Products]:
         branches = [branch for sublayer in sublayers for branch in sublayer.split("|")]
-        return [_branch(branch, config, slots=slots) for branch in branches]
+        return [_branch(branch, stack, slots=slots) for branch in branches]
 
-    head = _Products(2.0 * model.d_model * model.vocab_size)
+    head = _Products(2.0 * model.d_model * model.vocab_size if has_head else 0.0)
     if model.num_softmaxes > 1:  # each has a projection and logits of its own, one after another, not kept
         head = _Products(model.num_softmaxes * (head.forward + 2.0 * model.d_model**2))
         head = head._replace(forward=head.forward + 2.0 * model.d_model * model.num_softmaxes, again=head.forward)
@@ -58,12 +84,13 @@ def training_step(config: config_lib.Config, *, is_split: bool = False) -> Flops
         executed += model.num_periods * sum(part.forward - is_split * part.returned for part in again)
         executed -= model.num_periods * sum(part.last for part in parts(model.period[-1:], slots=True))
     useful = sum(part.forward for part in (*parts(model.sublayers, slots=False), head))
-    return Flops(useful=tokens * (1 + BACKWARD) * useful, executed=tokens * executed)
+    return Flops(useful=(1 + BACKWARD) * useful, executed=executed)
 
 
-def _branch(branch: str, config: config_lib.Config, *, slots: bool) -> _Products:
+def _branch(branch: str, stack: _Stack, *, slots: bool) -> _Products:
     """Of a branch. slots: with experts' empty slots."""
-    model, D, length = config.model, config.model.d_model, config.data.seq_length
+    model, D, length = stack.model, stack.model.d_model, stack.length
+    width = model.attention.num_heads * (model.attention.d_head or D // model.attention.num_heads)  # of all heads
     match branch:
         case "mamba" | "mamba_moe":
             m = model.mamba
@@ -72,7 +99,7 @@ def _branch(branch: str, config: config_lib.Config, *, slots: bool) -> _Products
             returned = 0.0
             for name, d_in, d_out in (("conv", D, inner), ("gate", D, inner), ("out", inner, D)):
                 if branch == "mamba_moe" and name in m.moe_projections:
-                    part = _experts(config, d_in, d_out, slots=slots)
+                    part = _experts(stack, d_in, d_out, slots=slots)
                     forward, returned = forward + part.forward, returned + part.returned
                     last = 0.0 if name == "out" else last
                 else:
@@ -100,12 +127,16 @@ def _branch(branch: str, config: config_lib.Config, *, slots: bool) -> _Products
                 last=2.0 * out,
             )
         case "attention":  # all pairs, those behind the mask too
-            return _Products(2.0 * (4 * D * D + 2 * length * D), last=2.0 * D * D)
+            return _Products(2.0 * (4 * D * width + 2 * length * width), last=2.0 * D * width)
+        case "cross_attention":  # keys and values are those of the memory's tokens
+            memory_share = stack.memory / length
+            forward = 2.0 * width * (2 * D + 2 * D * memory_share + 2 * stack.memory)
+            return _Products(forward, last=2.0 * D * width)
         case "mlp":
             hidden = model.mlp.d_ff
             return _Products(2.0 * _ffn(D, hidden, D, model.mlp.activation), last=2.0 * hidden * D)
         case "moe":
-            return _experts(config, D, D, slots=slots)
+            return _experts(stack, D, D, slots=slots)
     raise ValueError(f"no such branch: {branch}")
 
 
@@ -114,12 +145,12 @@ def _ffn(d_in: int, hidden: int, d_out: int, activation: str) -> int:
     return hidden * (d_in * (2 if activation in ("swiglu", "geglu") else 1) + d_out)
 
 
-def _experts(config: config_lib.Config, d_in: int, d_out: int, *, slots: bool) -> _Products:
+def _experts(stack: _Stack, d_in: int, d_out: int, *, slots: bool) -> _Products:
     """Of a mixture. The gradient of a gate needs the expert's output."""
-    moe = config.model.moe
+    moe = stack.model.moe
     expert = 2.0 * _ffn(d_in, moe.d_expert, d_out, moe.activation)
     shared, shared_last = moe.num_shared_experts * expert, 2.0 * moe.num_shared_experts * moe.d_expert * d_out
-    group, down = moe.group_size or config.data.seq_length, 2.0 * moe.d_expert * d_out
+    group, down = stack.group, 2.0 * moe.d_expert * d_out
     if moe.router == "soft_moe":
         num_slots = moe.num_experts * moe.slots_per_expert
         mixtures = 2.0 * 3 * d_in * num_slots  # logits, in and out

@@ -8,7 +8,7 @@ from flax import nnx
 
 from moejax import config as config_lib
 from moejax.layers import attention, head, mamba, mamba2, mamba_moe, mlp, moe, router
-from moejax.models import lm
+from moejax.models import model as model_lib
 
 COMPONENTS = ("embedding", "head", "norm", "mamba", "mamba2", "attention", "mlp", "router", "experts", "shared experts")
 
@@ -22,7 +22,7 @@ def count(config: config_lib.ModelConfig) -> dict[str, Any]:
       non_embedding_total, non_embedding_active: the same without embedding and head, as MoE-Mamba's tables count.
       components: {component: {"total": ..., "active": ...}}.
     """
-    model = lm.abstract(config)
+    model = model_lib.abstract(config)
     components = {name: {"total": 0, "active": 0} for name in COMPONENTS}
     variables = jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda node: isinstance(node, nnx.Variable))
     for path, variable in variables:
@@ -63,7 +63,7 @@ def component(model: nnx.Module, path: tuple[Any, ...]) -> str:
             return "mamba"
         case mamba2.Mamba2():
             return "mamba2"
-        case attention.Attention():
+        case attention.Attention() | attention.CrossAttention() | attention.RelativeBias():
             return "attention"
         case mlp.Mlp():
             return "shared experts" if shared else "mlp"

@@ -13,7 +13,7 @@ from moejax import config as config_lib
 from moejax import files, partition
 from moejax.analysis import baselines, specialisation
 from moejax.data import pipeline, tokenizers
-from moejax.models import lm
+from moejax.models import model as model_lib
 from moejax.training import checkpoint, evaluate, folder, state
 
 
@@ -24,7 +24,7 @@ class Run:
     workdir: pathlib.Path
     config: config_lib.Config
     tokenizer: tokenizers.Tokenizer
-    model: lm.Lm
+    model: model_lib.Model
     step: int
     mesh: jax.sharding.Mesh
 

@@ -12,8 +12,8 @@ import numpy as np
 from moejax.analysis import token_names
 from moejax.data import tokenizers
 from moejax.layers import moe
-from moejax.models import lm
-from moejax.training import evaluate
+from moejax.models import model as model_lib
+from moejax.training import evaluate, loss
 
 NUM_TOKENS = 8  # listed for an expert
 MIN_COUNT = 5  # a token that an expert takes less often says little about it
@@ -32,7 +32,7 @@ class Choices:
     def watch(self, step: evaluate.EvalStep) -> evaluate.EvalStep:
         """The same step, which also notes the choices of every batch that it runs on."""
 
-        def watched(model: lm.Lm, batch: dict[str, jax.Array]) -> dict[str, Any]:
+        def watched(model: model_lib.Model, batch: dict[str, jax.Array]) -> dict[str, Any]:
             sums = jax.device_get(step(model, batch))
             if sums["moe"] is not None:
                 self.add({name: np.asarray(array) for name, array in batch.items()}, sums["moe"])
@@ -43,8 +43,8 @@ class Choices:
     def add(self, batch: dict[str, np.ndarray], aux: moe.MoeAux) -> None:
         """Notes a batch; aux: of all MoE layers, stacked, as numpy arrays."""
         assert aux.preferred_BL is not None
-        valid_BL = batch["segment_ids_BL"] > 0
-        self._tokens.append(batch["inputs_BL"][valid_BL].astype(np.int32))
+        ids_BL, valid_BL = (np.concatenate(of_stacks, axis=1) for of_stacks in loss.tokens(batch))
+        self._tokens.append(ids_BL[valid_BL].astype(np.int32))
         if "labels_BL" in batch:
             self._labels.append(batch["labels_BL"][valid_BL].astype(np.int16))
         self._preferred.append(np.asarray(aux.preferred_BL)[:, valid_BL].astype(np.int16))
@@ -75,14 +75,16 @@ class Choices:
         num_experts = self._count_ME.shape[-1]
         label_tokens_N = np.bincount(labels_T[labels_T >= 0], minlength=len(label_names))
         layers = []
-        for layer, preferred_T in enumerate(preferred_MT):
-            table_EN = _table(preferred_T, labels_T, num_experts, len(label_names))
+        for layer, every_T in enumerate(preferred_MT):
+            mine_T = every_T >= 0  # of an encoder-decoder, a layer has the tokens of its stack
+            preferred_T, ids_T = every_T[mine_T], tokens_T[mine_T]
+            table_EN = _table(preferred_T, labels_T[mine_T], num_experts, len(label_names))
             together_MEE = self._together_MEE
             layers.append(
                 {
                     "load": _shares(self._count_ME[layer], self._count_ME[layer].sum()),
-                    "preferred": _shares(np.bincount(preferred_T, minlength=num_experts)[:num_experts], len(tokens_T)),
-                    "tokens": _tokens(tokens_T, preferred_T, num_experts, tokenizer),
+                    "preferred": _shares(np.bincount(preferred_T, minlength=num_experts)[:num_experts], len(ids_T)),
+                    "tokens": _tokens(ids_T, preferred_T, num_experts, tokenizer),
                     "labels": _shares(table_EN, label_tokens_N),
                     "coactivation": None if together_MEE is None else together_MEE[layer].tolist(),
                 }

@@ -22,7 +22,7 @@ from moejax import partition
 from moejax.analysis import params as params_lib
 from moejax.analysis import reduction
 from moejax.analysis.combinations import CONFIGURED, PLAIN, Combination
-from moejax.models import lm
+from moejax.models import model as model_lib
 from moejax.rules import model as model_rules
 from moejax.training import state as state_lib
 
@@ -64,7 +64,7 @@ class Result:
     """What a combination gives, on the host. sums: of `loss.sums`. gradients: a model that holds them."""
 
     sums: dict[str, Any]
-    gradients: lm.Lm
+    gradients: model_lib.Model
 
     @property
     def loss(self) -> float:
@@ -115,7 +115,7 @@ class Verifier:
 
     def __init__(self, config: config_lib.Config, small: config_lib.Config, devices: Sequence[Any]):
         self.config, self.small, self.devices = config, small, list(devices)
-        self._whole_model, self._small_model = lm.abstract(config.model), lm.abstract(small.model)
+        self._whole_model, self._small_model = model_lib.abstract(config.model), model_lib.abstract(small.model)
         self._abstract = {CONFIGURED: self._small_model}
         mesh = partition.make_mesh(Combination().mesh, self.devices[:1])
         initial = jax.device_get(state_lib.create(small, mesh).model)
@@ -148,7 +148,7 @@ class Verifier:
     def _never_drops(self) -> bool:
         factor = self.small.model.moe.capacity_factor
         return any(
-            factor == 0 or layer.is_dropless(factor) for layer, _ in lm.moe_layers(self._small_model)
+            factor == 0 or layer.is_dropless(factor) for layer, _ in model_lib.moe_layers(self._small_model)
         ) and self._allows(Combination(dispatcher=PLAIN))
 
     def _allows(self, combination: Combination) -> bool:
@@ -187,11 +187,11 @@ class Verifier:
         gradients = state_lib.make_gradients(config, mesh)
         # the config is part of a model's structure, and the dispatcher of this one is not that of the parameters
         if combination.dispatcher not in self._abstract:
-            self._abstract[combination.dispatcher] = lm.abstract(config.model)
+            self._abstract[combination.dispatcher] = model_lib.abstract(config.model)
         abstract = self._abstract[combination.dispatcher]
         structure = nnx.graphdef(abstract)
 
-        def run(state: state_lib.TrainState, batch: state_lib.Batch) -> tuple[dict[str, Any], lm.Lm]:
+        def run(state: state_lib.TrainState, batch: state_lib.Batch) -> tuple[dict[str, Any], model_lib.Model]:
             _, params, routers = nnx.split(state.model, nnx.Param, ...)  # pyright: ignore[reportAssignmentType]
             model = nnx.merge(structure, params, routers)
             sums, grads = gradients(dataclasses.replace(state, model=model), batch)
@@ -207,7 +207,7 @@ class Verifier:
         return lambda: Result(*jax.device_get(compiled(*jax.device_put((self._state, self._batch), places))))
 
 
-def _with_noise(model: lm.Lm, seed: int) -> lm.Lm:
+def _with_noise(model: model_lib.Model, seed: int) -> model_lib.Model:
     rng = np.random.default_rng(seed)
 
     def add(node: Any) -> Any:
@@ -228,7 +228,7 @@ class Parameter:
     value: np.ndarray
 
 
-def parameters(model: lm.Lm) -> Iterator[Parameter]:
+def parameters(model: model_lib.Model) -> Iterator[Parameter]:
     """Every parameter of a model on the host."""
     is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
     for path, variable in jax.tree_util.tree_leaves_with_path(model, is_leaf=is_variable):

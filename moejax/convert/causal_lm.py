@@ -106,7 +106,7 @@ def from_hf(family: Family, state_dict: Mapping[str, np.ndarray], config: config
       ConfigError: the config has a parameter that the family has not, or lacks one.
       ValueError: a tensor is missing, unknown, or of the wrong shape or dtype.
     """
-    model = lm.abstract(config)
+    model = jax.eval_shape(lambda: lm.Lm(config, rngs=nnx.Rngs(params=0)))
     parameters = _parameters(family, model)
     values, known = {}, set()
     for name, theirs, path, ours in family.rows():

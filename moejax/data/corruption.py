@@ -92,6 +92,11 @@ def raw_length(inputs_length: int, noise_density: float, mean_span_length: float
     return tokens_length, targets_length
 
 
+def row_lengths(config: config_lib.DataConfig) -> tuple[int, int]:
+    """(L, M): slots of the encoder and of the decoder."""
+    return config.seq_length, raw_length(config.seq_length, config.noise_density, config.mean_span_length)[1]
+
+
 def noise_mask(length: int, noise_density: float, mean_span_length: float, seed: int, row: int) -> np.ndarray:
     """Which raw tokens are noise, bool [length]: a pure function of the arguments.
 

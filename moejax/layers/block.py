@@ -1,6 +1,6 @@
 """The residual block: a norm, one branch or several in parallel, and the sum with the residual stream.
 
-B batch, L sequence, D model.
+B batch, L sequence, M memory length, D model, H heads.
 """
 
 import math
@@ -13,6 +13,7 @@ from jax import Array
 
 from moejax import config as config_lib
 from moejax.layers import attention, mamba, mamba2, mamba_moe, mlp, moe, norm
+from moejax.ops import dropout
 
 
 class Block(nnx.Module):
@@ -27,6 +28,7 @@ class Block(nnx.Module):
         dtype = jnp.dtype(config.compute_dtype)
         self.norm = norm.build(config.norm, config.d_model, eps=config.norm_eps, dtype=dtype)
         self.branches = nnx.List([build_branch(kind, config, rngs=rngs) for kind in sublayer.split("|")])
+        self.dropout = config.dropout
 
     def __call__(
         self,
@@ -36,43 +38,57 @@ class Block(nnx.Module):
         positions_BL: Array | None = None,
         ids_BL: Array | None = None,
         labels_BL: Array | None = None,
+        bias_HLM: Array | None = None,
+        memory: attention.Memory | None = None,
+        group_size: int = 0,
         keys_B: Array | None = None,
         train: bool = False,
     ) -> tuple[Array, tuple[moe.MoeAux, ...]]:
-        """Segment ids of 0 mark padding; see `models.lm.Lm` and, for what a MoE branch gets, `router.Tokens`."""
+        """Segment ids of 0 mark padding; see `models.stack.Stack` and, for what a MoE gets, `router.Tokens`."""
         normed_BLD = self.norm(x_BLD)
         aux: list[moe.MoeAux] = []
+        tokens: dict[str, Any] = {
+            "ids_BL": ids_BL,
+            "labels_BL": labels_BL,
+            "group_size": group_size,
+            "train": train,
+        }
         for place, branch in enumerate(self.branches):
+            keys_branch_B = fold_in(keys_B, place)
+            # dropout's own: those of a branch's noise are as they were without it
+            keys_hidden_B, keys_output_B = (
+                fold_in(keys_B, len(self.branches) + 2 * place + which) if self.dropout and train else None
+                for which in (0, 1)
+            )
             match branch:
                 case mamba.Mamba() | mamba2.Mamba2():
                     y_BLD = branch(normed_BLD, segment_ids_BL=segment_ids_BL)
                 case attention.Attention():
-                    y_BLD = branch(normed_BLD, segment_ids_BL=segment_ids_BL, positions_BL=positions_BL)
-                case mlp.Mlp():
-                    y_BLD = branch(normed_BLD)
-                case mamba_moe.MambaMoe():
-                    y_BLD, branch_aux = branch(
+                    y_BLD = branch(
                         normed_BLD,
                         segment_ids_BL=segment_ids_BL,
-                        ids_BL=ids_BL,
-                        labels_BL=labels_BL,
-                        keys_B=fold_in(keys_B, place),
-                        train=train,
+                        positions_BL=positions_BL,
+                        bias_HLM=bias_HLM,
+                        keys_B=keys_hidden_B,
+                    )
+                case attention.CrossAttention():
+                    if memory is None:
+                        raise ValueError("cross_attention needs a memory; pass what an encoder has read")
+                    y_BLD = branch(normed_BLD, memory, segment_ids_BL=segment_ids_BL, keys_B=keys_hidden_B)
+                case mlp.Mlp():
+                    y_BLD = branch(normed_BLD, keys_B=keys_hidden_B)
+                case mamba_moe.MambaMoe():
+                    y_BLD, branch_aux = branch(
+                        normed_BLD, segment_ids_BL=segment_ids_BL, keys_B=keys_branch_B, **tokens
                     )
                     aux += branch_aux
                 case moe.Moe():
                     valid_BL = None if segment_ids_BL is None else segment_ids_BL > 0
-                    y_BLD, branch_aux = branch(
-                        normed_BLD,
-                        valid_BL=valid_BL,
-                        ids_BL=ids_BL,
-                        labels_BL=labels_BL,
-                        keys_B=fold_in(keys_B, place),
-                        train=train,
-                    )
+                    y_BLD, branch_aux = branch(normed_BLD, valid_BL=valid_BL, keys_B=keys_branch_B, **tokens)
                     aux.append(branch_aux)
                 case _:
                     raise TypeError(f"no such branch: {type(branch)}")
+            y_BLD = dropout.dropout(y_BLD, keys_output_B, self.dropout)
             x_BLD = x_BLD + y_BLD.astype(jnp.float32)
         return x_BLD, tuple(aux)
 
@@ -84,6 +100,7 @@ class Block(nnx.Module):
         segment_ids_BL: Array,
         ids_BL: Array | None = None,
         labels_BL: Array | None = None,
+        bias_HLM: Array | None = None,
     ) -> tuple[Array, tuple[Any, ...]]:
         """`__call__` with nothing dropped, for `step` to go on from: (y_BLD, the caches after the last position)."""
         normed_BLD = self.norm(x_BLD)
@@ -98,7 +115,9 @@ class Block(nnx.Module):
                         normed_BLD, segment_ids_BL=segment_ids_BL, ids_BL=ids_BL, labels_BL=labels_BL
                     )
                 case attention.Attention():
-                    y_BLD, cache = branch.prefill(normed_BLD, max_length=max_length, segment_ids_BL=segment_ids_BL)
+                    y_BLD, cache = branch.prefill(
+                        normed_BLD, max_length=max_length, segment_ids_BL=segment_ids_BL, bias_HLM=bias_HLM
+                    )
                 case moe.Moe():
                     valid_BL = segment_ids_BL > 0
                     y_BLD = branch.prefill(normed_BLD, valid_BL=valid_BL, ids_BL=ids_BL, labels_BL=labels_BL)
@@ -124,15 +143,23 @@ class Block(nnx.Module):
         return tuple(caches)
 
     def step(
-        self, x_BD: Array, caches: tuple[Any, ...], *, ids_B: Array | None = None, labels_B: Array | None = None
+        self,
+        x_BD: Array,
+        caches: tuple[Any, ...],
+        *,
+        ids_B: Array | None = None,
+        labels_B: Array | None = None,
+        relative: attention.RelativeBias | None = None,
     ) -> tuple[Array, tuple[Any, ...]]:
         """One position of `__call__`: (y_BD, the next caches)."""
         normed_BD = self.norm(x_BD)
         new_caches: list[Any] = []
         for branch, cache in zip(self.branches, caches, strict=True):
             match branch:
-                case mamba.Mamba() | mamba2.Mamba2() | attention.Attention():
+                case mamba.Mamba() | mamba2.Mamba2():
                     y_BD, cache = branch.step(normed_BD, cache)
+                case attention.Attention():
+                    y_BD, cache = branch.step(normed_BD, cache, relative=relative)
                 case mamba_moe.MambaMoe():
                     y_BD, cache = branch.step(normed_BD, cache, ids_B=ids_B, labels_B=labels_B)
                 case moe.Moe():
@@ -153,7 +180,15 @@ def fold_in(keys_B: Array | None, data: int | Array) -> Array | None:
 
 def build_branch(
     kind: str, config: config_lib.ModelConfig, *, rngs: nnx.Rngs
-) -> mamba.Mamba | mamba2.Mamba2 | mamba_moe.MambaMoe | attention.Attention | mlp.Mlp | moe.Moe:
+) -> (
+    mamba.Mamba
+    | mamba2.Mamba2
+    | mamba_moe.MambaMoe
+    | attention.Attention
+    | attention.CrossAttention
+    | mlp.Mlp
+    | moe.Moe
+):
     """The branch named `kind`, with the settings that the config has for it."""
     dtype, d_model, init_scale = jnp.dtype(config.compute_dtype), config.d_model, config.init_scale
     out_scale = 1 / math.sqrt(len(config.sublayers)) if config.rescale_out_proj else 1.0  # of Mamba's out_proj
@@ -209,8 +244,23 @@ def build_branch(
             return attention.Attention(
                 d_model,
                 num_heads=c.num_heads,
+                d_head=c.d_head,
+                position=c.position,
                 rope_base=c.rope_base,
                 causal=config.causal,
+                dropout=config.dropout,
+                scheme=config.init,
+                init_scale=init_scale,
+                dtype=dtype,
+                rngs=rngs,
+            )
+        case "cross_attention":
+            c = config.attention
+            return attention.CrossAttention(
+                d_model,
+                num_heads=c.num_heads,
+                d_head=c.d_head,
+                dropout=config.dropout,
                 scheme=config.init,
                 init_scale=init_scale,
                 dtype=dtype,
@@ -223,6 +273,7 @@ def build_branch(
                 d_ff=c.d_ff,
                 activation=c.activation,
                 bias=c.bias,
+                dropout=config.dropout,
                 scheme=config.init,
                 init_scale=init_scale,
                 dtype=dtype,

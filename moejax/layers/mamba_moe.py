@@ -80,11 +80,13 @@ class MambaMoe(mamba.Ssm):
         ids_BL: Array | None = None,
         labels_BL: Array | None = None,
         keys_B: Array | None = None,
+        group_size: int = 0,
         train: bool = False,
     ) -> tuple[Array, tuple[moe.MoeAux, ...]]:
         """Segment ids of 0 mark padding, which takes no slot of an expert; the others are those of `moe.Moe`."""
         valid_BL = None if segment_ids_BL is None else segment_ids_BL > 0
-        tokens: dict[str, Any] = {"valid_BL": valid_BL, "ids_BL": ids_BL, "labels_BL": labels_BL, "train": train}
+        tokens: dict[str, Any] = {"valid_BL": valid_BL, "ids_BL": ids_BL, "labels_BL": labels_BL}
+        tokens |= {"group_size": group_size, "train": train}
         keys_3B: Any = (None,) * 3
         if keys_B is not None:
             keys_3B = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys_B)

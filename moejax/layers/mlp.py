@@ -10,6 +10,7 @@ from flax import nnx
 from jax import Array
 
 from moejax.layers import init
+from moejax.ops import dropout as dropout_lib
 from moejax.ops import experts
 
 
@@ -24,12 +25,14 @@ class Mlp(nnx.Module):
         d_out: int = 0,
         activation: str,
         bias: bool,
+        dropout: float = 0.0,
         scheme: str = "switch",
         init_scale: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        self.activation, self.dtype = activation, dtype
+        """dropout: of hidden units."""
+        self.activation, self.dropout, self.dtype = activation, dropout, dtype
         d_out = d_out or d_model
         halves = (2,) if experts.hidden_multiple(activation) == 2 else ()  # so that `tensor` splits both alike
         axes, columns = ("half",) * len(halves), math.prod(halves) * d_ff
@@ -49,11 +52,13 @@ class Mlp(nnx.Module):
             )
         self.up_bias, self.down_bias = up_bias, down_bias
 
-    def __call__(self, x_D: Array) -> Array:
+    def __call__(self, x_D: Array, *, keys_B: Array | None = None) -> Array:
+        """keys_B: a random key for each entry of the first dim, for dropout; None for none."""
         hidden_HF = jnp.tensordot(x_D, self.up[...].astype(self.dtype), axes=1)
         if self.up_bias is not None:
             hidden_HF += self.up_bias[...].astype(self.dtype)
         hidden_F = experts.activate(hidden_HF, self.activation, axis=-2).reshape(*x_D.shape[:-1], -1)
+        hidden_F = dropout_lib.dropout(hidden_F, keys_B, self.dropout)
         y_D = hidden_F @ self.down[...].astype(self.dtype)
         if self.down_bias is not None:
             y_D += self.down_bias[...].astype(self.dtype)

@@ -109,16 +109,19 @@ class Moe(nnx.Module):
         ids_BL: Array | None = None,
         labels_BL: Array | None = None,
         keys_B: Array | None = None,
+        group_size: int = 0,
         train: bool = False,
     ) -> tuple[Array, MoeAux]:
         """valid_BL is False for padding tokens: they choose no expert, take no slot and enter no statistic.
+
+        group_size: instead of the config's, if not 0.
 
         See `router.Tokens` for the other arguments; noise and dropout need keys_B and train.
         """
         valid_BL = jnp.ones(x_BLD.shape[:2], bool) if valid_BL is None else valid_BL
         tokens = router.Tokens(valid_BL=valid_BL, ids_BL=ids_BL, labels_BL=labels_BL, keys_B=keys_B)
         factor = self.config.capacity_factor if train else self.config.eval_capacity_factor
-        return self._run(x_BLD, tokens, self.config.group_size or x_BLD.shape[1], factor, train)
+        return self._run(x_BLD, tokens, group_size or self.config.group_size or x_BLD.shape[1], factor, train)
 
     def prefill(
         self, x_BLD: Array, *, valid_BL: Array, ids_BL: Array | None = None, labels_BL: Array | None = None

@@ -85,14 +85,23 @@ def ssd(
 
 
 def attention(
-    query_BLHQ: Array, key_BLHQ: Array, value_BLHQ: Array, *, segment_ids_BL: Array | None = None, causal: bool = True
+    query_BLHQ: Array,
+    key_BLHQ: Array,
+    value_BLHQ: Array,
+    *,
+    segment_ids_BL: Array | None = None,
+    causal: bool = True,
+    bias_HLM: Array | None = None,
+    keep_BHLM: Array | None = None,
 ) -> Array:
-    """`attention.attention`."""
+    """`attention.attention` of a row to itself."""
     arrays = (query_BLHQ, key_BLHQ, value_BLHQ)
     if partition.num_parts(AXIS) == 1:
-        return whole_attention.attention(*arrays, segment_ids_BL=segment_ids_BL, causal=causal)
-    run = partition.on_shards(functools.partial(_attention, causal=causal), "BLHQ BLHQ BLHQ BL", "BLHQ")
-    return run(*arrays, segment_ids_BL)
+        return whole_attention.attention(
+            *arrays, segment_ids_BL=segment_ids_BL, causal=causal, bias_HLM=bias_HLM, keep_BHLM=keep_BHLM
+        )
+    run = partition.on_shards(functools.partial(_attention, causal=causal), "BLHQ BLHQ BLHQ BL HLM BHLM", "BLHQ")
+    return run(*arrays, segment_ids_BL, bias_HLM, keep_BHLM)
 
 
 def _whole_scan(implementation: str | None, chunk_size: int | None, *arrays: Any) -> tuple[Array, Array]:
@@ -266,7 +275,13 @@ def _groups_here(x_BLGN: Array, num_heads: int, heads_a_group: int) -> Array:
 
 
 def _attention(
-    query_BLHQ: Array, key_BLHQ: Array, value_BLHQ: Array, segment_ids_BL: Array | None, causal: bool
+    query_BLHQ: Array,
+    key_BLHQ: Array,
+    value_BLHQ: Array,
+    segment_ids_BL: Array | None,
+    bias_HLM: Array | None,
+    keep_BHLM: Array | None,
+    causal: bool,
 ) -> Array:
     gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, axis=1, tiled=True)
     key_BMHQ, value_BMHQ = gather(key_BLHQ), gather(value_BLHQ)
@@ -279,4 +294,4 @@ def _attention(
         same_BLM = segment_ids_BL[:, :, None] == gather(segment_ids_BL)[:, None]
         mask_BLM = same_BLM if mask_BLM is None else mask_BLM & same_BLM
     mask_B1LM = None if mask_BLM is None else mask_BLM[:, None]
-    return jax.nn.dot_product_attention(query_BLHQ, key_BMHQ, value_BMHQ, mask=mask_B1LM)
+    return whole_attention.weighted(query_BLHQ, key_BMHQ, value_BMHQ, mask_B1LM, bias_HLM, keep_BHLM, causal=False)

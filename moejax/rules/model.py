@@ -182,6 +182,15 @@ def validate_objective(config: config_lib.Config) -> None:
     )
 
 
+def validate_trainable(config: config_lib.Config) -> None:
+    """What `validate` lets pass for the sake of its rows and layers, but has no objective."""
+    require(
+        config.model.causal,
+        "model.causal=False is an encoder alone, for which there is no objective to train it on; set "
+        "model.causal=True, or give the model a decoder (model.encoder_period)",
+    )
+
+
 def validate_causal(config: config_lib.Config) -> None:
     """What reads the future may not predict it."""
     model, objective = config.model, config.data.objective

@@ -22,7 +22,7 @@ from jax import Array
 from moejax import config as config_lib
 
 # Logical axes that are not the rows or the columns of a matrix. Dims in front of the named ones are stacks: periods.
-_STACKS = ("expert", "qkv", "half", "softmax")  # a matrix for each
+_STACKS = ("expert", "qkv", "kv", "half", "softmax")  # a matrix for each
 _JOINED = ("head", "slot")  # one dim with the axis before: heads of a width, experts of some slots
 
 

@@ -27,12 +27,17 @@ class Probe:
         self._previous_ML = None if last is None else np.load(self._path(last))
 
     def churn(self, preferred_ML: np.ndarray, step: int) -> np.ndarray | None:
-        """churn_M: the share of tokens whose preferred expert changed; None at the first evaluation."""
+        """churn_M: the share of tokens whose preferred expert changed; None at the first evaluation.
+
+        preferred_ML: -1 where a token is none of the layer's.
+        """
         content = io.BytesIO()
         np.save(content, preferred_ML)
         files.write(self._path(step), content.getvalue())
         previous_ML, self._previous_ML = self._previous_ML, preferred_ML
-        return None if previous_ML is None else (preferred_ML != previous_ML).mean(axis=1)
+        if previous_ML is None:
+            return None
+        return (preferred_ML != previous_ML).sum(axis=1) / np.maximum((preferred_ML >= 0).sum(axis=1), 1)
 
     def _path(self, step: int) -> pathlib.Path:
         return self._folder / f"{step:08d}.npy"

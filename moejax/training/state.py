@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from moejax import config as config_lib
 from moejax import partition
 from moejax.layers import moe
-from moejax.models import lm
+from moejax.models import model as model_lib
 from moejax.ops import balance
 from moejax.training import loss, optimizer
 
@@ -29,7 +29,7 @@ class TrainState:
     """step: int32, updates done. model: its parameters, float32. opt_state: optax's."""
 
     step: Array
-    model: lm.Lm
+    model: model_lib.Model
     opt_state: Any
 
 
@@ -57,12 +57,12 @@ def shardings(config: config_lib.Config, mesh: Mesh) -> TrainState:
 
 
 def _init(config: config_lib.Config) -> TrainState:
-    model = lm.Lm(config.model, rngs=nnx.Rngs(params=config.training.seed))
+    model = model_lib.build(config.model, rngs=nnx.Rngs(params=config.training.seed))
     opt_state = optimizer.build(config).init(_split(model)[1])
     return TrainState(step=jnp.zeros((), jnp.int32), model=model, opt_state=opt_state)
 
 
-def _split(model: lm.Lm) -> tuple[Any, Any, Any]:
+def _split(model: model_lib.Model) -> tuple[Any, Any, Any]:
     """(structure, parameters, router state): only parameters have gradients and moments."""
     structure, params, routers = nnx.split(model, nnx.Param, ...)  # pyright: ignore[reportAssignmentType]
     return structure, params, routers
@@ -99,10 +99,10 @@ def make_gradients(config: config_lib.Config, mesh: Mesh) -> Callable[[TrainStat
     def gradients(state: TrainState, batch: Batch) -> tuple[dict[str, Any], Any]:
         if _has_noise(config.model):
             key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
-            batch = batch | {"keys_B": jax.random.split(key, batch["inputs_BL"].shape[0])}
+            batch = batch | {"keys_B": jax.random.split(key, loss.mask(batch).shape[0])}
         structure, params, routers = _split(state.model)
         fixed, grad = (structure, routers), jax.grad(objective, has_aux=True)
-        num_tokens = jnp.maximum(jnp.sum(batch["loss_mask_BL"], dtype=jnp.float32), 1.0)
+        num_tokens = jnp.maximum(jnp.sum(loss.mask(batch), dtype=jnp.float32), 1.0)
         parts = config.training.num_microbatches
         if parts == 1:
             grads, sums = grad(params, fixed, batch, num_tokens, 1.0)
@@ -157,9 +157,9 @@ def make_train_step(
         if "z" in sums:
             metrics["vocabulary_z_loss"] = sums["z"] / jnp.maximum(sums["tokens"], 1.0)
         if sums["moe"] is not None:
-            num_valid = jnp.sum(batch["segment_ids_BL"] > 0, dtype=jnp.int32)
-            metrics["routing"] = routing_metrics(sums["moe"], num_valid)
-            _update_routers(model, sums["moe"], num_valid, config.model.moe)
+            num_valid_L = loss.num_valid(model, batch)
+            metrics["routing"] = routing_metrics(sums["moe"], num_valid_L)
+            _update_routers(model, sums["moe"], num_valid_L, config.model.moe)
         return TrainState(step=state.step + 1, model=model, opt_state=opt_state), metrics
 
     places, batch_place = shardings(config, mesh), partition.batch_sharding(mesh)
@@ -180,12 +180,15 @@ def _rows_of_groups(config: config_lib.Config) -> int:
 def _has_noise(model: config_lib.ModelConfig) -> bool:
     moe_config = model.moe
     noisy = {"switch": moe_config.jitter > 0, "gshard": moe_config.second_threshold > 0, "noisy_top_k": True}
-    return model.has_experts and (noisy.get(moe_config.router, False) or moe_config.expert_dropout > 0)
+    of_experts = noisy.get(moe_config.router, False) or moe_config.expert_dropout > 0
+    return model.dropout > 0 or (model.has_experts and of_experts)
 
 
-def _update_routers(model: lm.Lm, moe_aux: moe.MoeAux, num_valid: Array, moe_config: config_lib.MoeConfig) -> None:
+def _update_routers(
+    model: model_lib.Model, moe_aux: moe.MoeAux, num_valid_L: Array, moe_config: config_lib.MoeConfig
+) -> None:
     """What routers keep beside their weights moves on by the counts of the whole batch, in place: `model` is new."""
-    for layer, place in lm.moe_layers(model):
+    for layer, place in model_lib.moe_layers(model):
         state = layer.router.state
         match moe_config.router:
             case "sigmoid_bias":
@@ -194,18 +197,17 @@ def _update_routers(model: lm.Lm, moe_aux: moe.MoeAux, num_valid: Array, moe_con
                 state[...] = (jax.vmap(update) if state[...].ndim == 2 else update)(state[...], moe_aux.count_E[place])
             case "relu":  # one coefficient for all layers
                 assert state is not None
-                num_layers = moe_aux.count_E.shape[0]
                 state[...] = balance.coefficient_update(
                     state[...],
                     moe_aux.count_E.sum(),
-                    num_layers * num_valid,
+                    num_valid_L.sum(),
                     k=moe_config.num_choices,
                     multiplier=moe_config.relu_multiplier,
                 )
 
 
-def routing_metrics(moe_aux: moe.MoeAux, num_valid: Array) -> dict[str, Array]:
-    """Statistics of a step, a row a MoE layer (of `lm.moe_layers`), but for the losses: means over layers, unweighted.
+def routing_metrics(moe_aux: moe.MoeAux, num_valid_L: Array) -> dict[str, Array]:
+    """Statistics of a step, a row a MoE layer (of `model.moe_layers`); of the losses, means over layers, unweighted.
 
     {name}_loss for each auxiliary loss of the router (relu_loss with its coefficient). load: shares of the experts in
     the choices. max_load: the largest load over the mean. unused_experts: share of the experts without a token.
@@ -213,22 +215,22 @@ def routing_metrics(moe_aux: moe.MoeAux, num_valid: Array) -> dict[str, Array]:
     soft, the sum of its weights, 1). coactivation, where a token has several choices: the share of the tokens that
     chose the pair of experts which is chosen most often.
 
-    num_valid: tokens that are not padding.
+    num_valid_L: tokens of each layer that are not padding.
     """
     num_experts = moe_aux.count_E.shape[-1]
     choices_L = moe_aux.count_E.sum(axis=-1)
     load_LE = moe_aux.count_E / jnp.maximum(choices_L, 1)[:, None]
-    tokens = jnp.maximum(num_valid, 1)
+    tokens_L = jnp.maximum(num_valid_L, 1)
     metrics = {f"{name}_loss": value_L.mean() for name, value_L in moe_aux.losses.items()}
     metrics |= {
         "load": load_LE,
         "max_load": load_LE.max(axis=-1) * num_experts,
         "unused_experts": jnp.mean(moe_aux.count_E == 0, axis=-1),
         "dropped": moe_aux.dropped / jnp.maximum(choices_L, 1),
-        "router_entropy": moe_aux.entropy / tokens,
-        "experts_per_token": choices_L / tokens,
+        "router_entropy": moe_aux.entropy / tokens_L,
+        "experts_per_token": choices_L / tokens_L,
     }
     if moe_aux.together_EE is not None:
         pairs_LEE = jnp.where(jnp.eye(num_experts, dtype=bool), 0, moe_aux.together_EE)
-        metrics["coactivation"] = pairs_LEE.max(axis=(1, 2)) / tokens
+        metrics["coactivation"] = pairs_LEE.max(axis=(1, 2)) / tokens_L
     return metrics

@@ -10,8 +10,9 @@ import numpy as np
 
 from moejax import config as config_lib
 from moejax.data import pipeline
-from moejax.models import lm
+from moejax.models import model as model_lib
 from moejax.ops import routing
+from moejax.training import loss
 
 NUM_COUNTED = 2**22  # tokens of the first training batches from which frequencies are estimated
 
@@ -60,15 +61,16 @@ def balanced(config: config_lib.Config, data: pipeline.Data) -> np.ndarray | Non
         num_rows = min(num_rows, data.train.num_rows)  # an epoch is enough
     for step in range(max(1, num_rows // config.data.batch_size)):
         batch = batches[step]
-        np.add.at(frequency_V, batch["inputs_BL"][batch["segment_ids_BL"] > 0], 1)
+        for ids_BL, valid_BL in zip(*loss.tokens(batch), strict=True):
+            np.add.at(frequency_V, ids_BL[valid_BL], 1)
     return routing.balanced_table(frequency_V, c.num_experts)
 
 
-def fill(model: lm.Lm, table_V: np.ndarray | None) -> None:
+def fill(model: model_lib.Model, table_V: np.ndarray | None) -> None:
     """Gives every hash router of the model this table, in place; None leaves each its own random one."""
     if table_V is None:
         return
-    for layer, _ in lm.moe_layers(model):
+    for layer, _ in model_lib.moe_layers(model):
         state = layer.router.state
         assert state is not None
         old = state[...]

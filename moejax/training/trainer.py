@@ -16,7 +16,8 @@ from jax.experimental import multihost_utils
 from moejax import config as config_lib
 from moejax import partition
 from moejax.data import pipeline
-from moejax.models import lm
+from moejax.models import model as model_lib
+from moejax.rules import model as model_rules
 from moejax.training import checkpoint, evaluate, folder, metrics, processes, tables
 from moejax.training import probe as probe_lib
 from moejax.training import state as state_lib
@@ -77,11 +78,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
       TrainingError: the loss or the gradient is no longer finite.
     """
     changed = folder.check(config, workdir)
-    if config.data.objective != "next_token":
-        raise config_lib.ConfigError(
-            f"data.objective={config.data.objective} is for encoder-decoder models, which moejax train does not have "
-            "yet; set data.objective=next_token (moejax data prepare and inspect take it)"
-        )
+    model_rules.validate_trainable(config)
     mesh = partition.make_mesh(config.mesh)
     partition.check_batch(config, mesh)
     partition.check_platform(config, mesh)
@@ -269,7 +266,7 @@ def notes(config: config_lib.Config, data: pipeline.Data) -> list[str]:
 
 def describe(config: config_lib.Config, data: pipeline.Data) -> str:
     """One line: what is trained on what."""
-    params = nnx.state(lm.abstract(config.model), nnx.Param)
+    params = nnx.state(model_lib.abstract(config.model), nnx.Param)
     num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     count = f", {data.num_tokens:,} tokens" if data.num_tokens is not None else ""
     left_out = f"; {data.num_left_out:,} blank or unreadable left out" if data.num_left_out else ""

@@ -12,7 +12,7 @@ from moejax import config as config_lib
 from moejax.analysis import generation
 from moejax.analysis import run as run_lib
 from moejax.data import tokenizers
-from moejax.models import lm
+from moejax.models import model as model_lib
 
 BYTES = tokenizers.Bytes()
 
@@ -160,7 +160,7 @@ def test_several_continuations_do_not_stream(monkeypatch):
 def test_a_prompt_too_long_says_by_how_much(period, max_length, line):
     config = tiny.get_config("x")
     config.model.period = period
-    run = run_lib.Run(pathlib.Path("x"), config, BYTES, lm.abstract(config.model), 1, None)  # type: ignore
+    run = run_lib.Run(pathlib.Path("x"), config, BYTES, model_lib.abstract(config.model), 1, None)  # type: ignore
     request = generation.Request(prompts=("a", "b" * 20), num_tokens=12, max_length=max_length)
     with pytest.raises(config_lib.ConfigError) as caught:
         generation.write(run, request)

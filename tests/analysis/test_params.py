@@ -6,7 +6,7 @@ import jax
 
 from moejax import config as config_lib
 from moejax.analysis import params
-from moejax.models import lm
+from moejax.models import model as model_lib
 
 
 def test_the_layers_of_mamba_and_mamba2_are_counted_apart_as_worked_by_hand():
@@ -22,4 +22,4 @@ def test_the_layers_of_mamba_and_mamba2_are_counted_apart_as_worked_by_hand():
     sizes = {"embedding": 60, "norm": 3 * 2 * 6 + 6, "mamba": 3 * mamba, "mamba2": 3 * mamba2, "mlp": 3 * 2 * 6 * 7}
     assert {name: entry["total"] for name, entry in counts["components"].items() if entry["total"]} == sizes
     assert counts["active"] == counts["total"] == sum(sizes.values())
-    assert counts["total"] == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(lm.abstract(config)))
+    assert counts["total"] == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model_lib.abstract(config)))

@@ -10,7 +10,7 @@ import pytest
 from moejax import config as config_lib
 from moejax.convert import mamba
 from moejax.layers import mamba as mamba_layer
-from moejax.models import lm
+from moejax.models import model as model_lib
 
 HF = {
     "model_type": "mamba",
@@ -103,7 +103,7 @@ def test_projections_are_transposed_the_taps_come_first_and_vectors_stay():
 
 def test_the_model_has_the_tree_and_shapes_of_one_made_here():
     config = mamba.config_from_hf(HF)
-    made, converted = lm.abstract(config), mamba.from_hf(draw(HF), config)
+    made, converted = model_lib.abstract(config), mamba.from_hf(draw(HF), config)
     assert jax.tree.structure(made) == jax.tree.structure(converted)
     for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(converted), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -157,7 +157,7 @@ PUBLISHED = [
 def test_published_models_have_their_published_parameter_count(layers, width, parameters):
     sizes = {"vocab_size": 50280, "hidden_size": width, "num_hidden_layers": layers, "time_step_rank": "auto"}
     config = mamba.config_from_hf(TIED | sizes | {"state_size": 16, "conv_kernel": 4})
-    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(lm.abstract(config))) == parameters
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model_lib.abstract(config))) == parameters
 
 
 @pytest.mark.parametrize(
@@ -253,6 +253,6 @@ def test_a_model_of_another_shape_is_refused(change, message):
     for name, value in change.items():
         setattr(config, name, value)
     config.attention.num_heads = 1
-    for convert in (lambda: mamba.from_hf(draw(HF), config), lambda: mamba.to_hf(lm.abstract(config))):
+    for convert in (lambda: mamba.from_hf(draw(HF), config), lambda: mamba.to_hf(model_lib.abstract(config))):
         with pytest.raises(config_lib.ConfigError, match=message):
             convert()

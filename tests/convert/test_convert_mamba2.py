@@ -9,7 +9,7 @@ import pytest
 from moejax import config as config_lib
 from moejax.convert import mamba2
 from moejax.layers import mamba2 as mamba2_layer
-from moejax.models import lm
+from moejax.models import model as model_lib
 
 HF = {
     "model_type": "mamba2",
@@ -90,7 +90,7 @@ def test_projections_are_transposed_the_taps_come_first_and_vectors_stay():
 
 def test_the_model_has_the_tree_and_shapes_of_one_made_here():
     config = mamba2.config_from_hf(HF)
-    made, converted = lm.abstract(config), mamba2.from_hf(draw(HF), config)
+    made, converted = model_lib.abstract(config), mamba2.from_hf(draw(HF), config)
     assert jax.tree.structure(made) == jax.tree.structure(converted)
     for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(converted), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -191,6 +191,6 @@ def test_a_model_of_another_shape_is_refused(change, message):
     config = mamba2.config_from_hf(HF)
     for name, value in change.items():
         setattr(config, name, value)
-    for convert in (lambda: mamba2.from_hf(draw(HF), config), lambda: mamba2.to_hf(lm.abstract(config))):
+    for convert in (lambda: mamba2.from_hf(draw(HF), config), lambda: mamba2.to_hf(model_lib.abstract(config))):
         with pytest.raises(config_lib.ConfigError, match=message):
             convert()

@@ -100,6 +100,6 @@ def test_out_proj_is_rescaled_by_the_number_of_residual_branches(kind):
 
 
 def test_an_unknown_branch_is_an_error_that_names_the_known_ones():
-    known = "mamba, mamba2, mamba_moe, attention, mlp, moe"
+    known = "mamba, mamba2, mamba_moe, attention, cross_attention, mlp, moe"
     with pytest.raises(ValueError, match=f"sublayer=rnn is not known; choose one of {known}"):
         make("rnn")

@@ -8,6 +8,7 @@ from flax import nnx
 
 from moejax import config as config_lib
 from moejax.models import generate, lm
+from moejax.models import model as model_lib
 
 VOCAB, ALLOWED = 16, 12  # the last four ids are beyond the tokenizer
 PROMPTS = [[0, 3, 1], [0, 7], [0, 2, 2, 9, 4]]
@@ -190,8 +191,8 @@ def test_a_mamba_models_cache_has_one_size_and_attention_adds_keys_and_values(fi
     config = config_lib.ModelConfig(vocab_size=VOCAB, d_model=8, period=("mamba", "moe"), num_periods=2)
     config.mamba.d_state, config.attention.num_heads = 2, 2
     for length in (128, 32_768):
-        assert generate.cache_size(lm.abstract(config), length) == (2 * 16 * (3 + 2) * 4, False)
+        assert generate.cache_size(model_lib.abstract(config), length) == (2 * 16 * (3 + 2) * 4, False)
     config.suffix = ("attention",)
-    sizes = [generate.cache_size(lm.abstract(config), length) for length in (128, 32_768)]
+    sizes = [generate.cache_size(model_lib.abstract(config), length) for length in (128, 32_768)]
     assert all(size.grows for size in sizes)
     assert sizes[1].num_bytes - sizes[0].num_bytes == (32_768 - 128) * 2 * 8 * 4

@@ -10,6 +10,7 @@ from flax import nnx
 
 from moejax import config as config_lib
 from moejax.models import lm
+from moejax.models import model as model_lib
 
 VOCAB, LENGTH = 11, 8
 
@@ -51,7 +52,7 @@ def test_ids_and_labels_reach_every_layer_in_rows_and_steps(router):
     if router == "label":
         np.testing.assert_array_equal(aux.count_E, [[0, LENGTH, LENGTH, 0]] * 2)
     else:
-        tables = next(layer.router.state[...] for layer, _ in lm.moe_layers(model))
+        tables = next(layer.router.state[...] for layer, _ in model_lib.moe_layers(model))
         for table, count in zip(np.asarray(tables), np.asarray(aux.count_E), strict=True):
             np.testing.assert_array_equal(count, np.bincount(table[tokens.reshape(-1)], minlength=4))
 

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 
 from moejax import config as config_lib
 from moejax import partition, rules
-from moejax.models import lm
+from moejax.models import model as model_lib
 from moejax.training import adafactor, checkpoint, optimizer, state
 
 D, H, F, E, X, V = 12, 2, 20, 4, 10, 260  # model, heads, feed-forward, experts, expert, vocabulary
@@ -89,7 +90,7 @@ def draw(model, seed: int, scale: float = 1.0):
 
 
 def start(config):
-    model = draw(lm.abstract(config.model), 0)
+    model = draw(model_lib.abstract(config.model), 0)
     model.norm.scale[...] = jnp.zeros(D)  # its scale is the least there is
     return model
 
@@ -140,10 +141,10 @@ class Numpy:
 def test_every_matrix_of_a_stack_is_updated_as_in_numpy_alone(config):
     config.optimizer.weight_decay = 0.1
     models = train(config)
-    decayed = by_path(optimizer.decay_mask(lm.abstract(config.model), "matrices"))
+    decayed = by_path(optimizer.decay_mask(model_lib.abstract(config.model), "matrices"))
     alone = {path: [Numpy(w, smallest=10) for w in matrices(path, leaf)] for path, leaf in models[0].items()}
     for step, scale in enumerate(GRADIENT_SCALES):
-        gradients = by_path(draw(lm.abstract(config.model), step + 1, scale))
+        gradients = by_path(draw(model_lib.abstract(config.model), step + 1, scale))
         rate = 0.3 / math.sqrt(max(step, 2))
         for path, found in models[step + 1].items():
             for one, gradient in zip(alone[path], matrices(path, gradients[path]), strict=True):
@@ -169,7 +170,7 @@ def test_updates_equal_those_of_hugging_faces_adafactor_on_unstacked_parameters(
     }
     theirs = Adafactor([w for ws in alone.values() for w in ws], lr=0.1, relative_step=False, scale_parameter=True)
     for step, scale in enumerate(GRADIENT_SCALES):
-        gradients = by_path(draw(lm.abstract(config.model), step + 1, scale))
+        gradients = by_path(draw(model_lib.abstract(config.model), step + 1, scale))
         for path, weights in alone.items():
             for weight, gradient in zip(weights, matrices(path, gradients[path]), strict=True):
                 weight.grad = torch.tensor(gradient, dtype=torch.float32)
@@ -184,18 +185,18 @@ def test_without_its_two_bounds_an_update_is_the_gradient_over_its_root_mean_squ
     config.optimizer.adafactor = config_lib.AdafactorConfig(clip_rms=0.0, scale_by_parameter=False)
     config.optimizer.schedule, config.optimizer.warmup_steps = "constant", 0
     models = train(config, 1)  # no dim of 128: nothing is factored, and the first mean is the square itself
-    signs = {path: np.sign(leaf) for path, leaf in by_path(draw(lm.abstract(config.model), 1)).items()}
+    signs = {path: np.sign(leaf) for path, leaf in by_path(draw(model_lib.abstract(config.model), 1)).items()}
     for path, found in models[1].items():
         np.testing.assert_allclose(found, models[0][path] - 0.3 * signs[path], rtol=1e-4, atol=1e-5)
 
 
 def test_the_state_of_a_factored_matrix_is_a_row_a_column_and_one_number(config):
-    opt_state = jax.eval_shape(optimizer.build(config).init, lm.abstract(config.model))
+    opt_state = jax.eval_shape(optimizer.build(config).init, model_lib.abstract(config.model))
     sizes: dict[str, int] = {}
     for path, leaf in by_path(opt_state[0]._replace(count=None)).items():
         parameter = path.partition("/")[2]
         sizes[parameter] = sizes.get(parameter, 0) + leaf.size
-    for path, leaf in by_path(lm.abstract(config.model)).items():
+    for path, leaf in by_path(model_lib.abstract(config.model)).items():
         shape = form(path)[1]
         is_factored = len(shape) == 2 and min(shape) >= 10
         per_matrix = sum(shape) + 1 if is_factored else math.prod(shape) + 2
@@ -256,15 +257,23 @@ def test_the_state_comes_back_from_a_checkpoint(tmp_path, config):
 
 
 def test_every_parameter_of_every_branch_has_a_layout():
-    c = config_lib.ModelConfig(period=config_lib.BRANCHES, num_periods=1, num_softmaxes=2, tie_embeddings=False)
-    c.mamba.moe_projections = config_lib.MAMBA_PROJECTIONS
-    for router in ("top_k", "noisy_top_k", "soft_moe"):  # no other has other parameters
-        c.moe = config_lib.MoeConfig(router=router, num_shared_experts=1, activation="swiglu", slots_per_expert=2)
-        model = lm.abstract(c)
-        for variable in jax.tree.leaves(model, is_leaf=lambda node: hasattr(node, "get_metadata")):
+    c = config_lib.ModelConfig(period=("attention", "cross_attention", "mlp", "moe"), num_periods=1)
+    c.encoder_period, c.num_encoder_periods, c.attention.position = ("attention", "mlp"), 1, "relative"
+    decoders = set(config_lib.BRANCHES) - {"cross_attention"}
+    d = config_lib.ModelConfig(period=tuple(decoders), num_periods=1, num_softmaxes=2, tie_embeddings=False)
+    d.mamba.moe_projections = config_lib.MAMBA_PROJECTIONS
+    for config, router in ((c, "top_k"), (d, "noisy_top_k"), (d, "soft_moe")):  # no other has other parameters
+        config.moe = config_lib.MoeConfig(router=router, num_shared_experts=1, activation="swiglu", slots_per_expert=2)
+        variables = jax.tree.leaves(model_lib.abstract(config), is_leaf=lambda node: isinstance(node, nnx.Variable))
+        for variable in variables:
             layout = adafactor.layout(variable)
             sizes = [variable.shape[dim] for dim in layout.stacks]
             assert math.prod(sizes) * math.prod(layout.shape) == math.prod(variable.shape)
+
+
+def test_axes_that_no_table_names_are_refused():
+    with pytest.raises(ValueError, match=r"\('a', 'b', 'c'\) of a parameter give matrices of 3 dims"):
+        adafactor.layout(nnx.Param(jnp.zeros((2, 3, 4)), axes=("a", "b", "c")))
 
 
 @pytest.mark.parametrize(

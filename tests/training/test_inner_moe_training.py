@@ -13,7 +13,7 @@ from flax import nnx
 from moejax import config as config_lib
 from moejax import partition
 from moejax.layers import block
-from moejax.models import lm
+from moejax.models import model as model_lib
 from moejax.training import optimizer, tables, trainer
 
 
@@ -44,10 +44,10 @@ def test_metrics_have_a_row_for_every_mixture_in_depth_order(config):
     assert steps.take(config, later, batch)[1]["routing"]["z_loss"] != routing["z_loss"]  # other keys
     config.model.prefix, config.model.suffix = ("mamba_moe",), ("moe", "mamba_moe")
     config.model.mamba.moe_projections, config.model.moe.group_size = ("gate", "out"), 0
-    model, tokens = lm.abstract(config.model), jax.ShapeDtypeStruct((2, 32), jnp.int32)
+    model, tokens = model_lib.abstract(config.model), jax.ShapeDtypeStruct((2, 32), jnp.int32)
     _, aux = jax.eval_shape(lambda model, tokens: model(tokens), model, tokens)
     assert aux.count_E.shape == (9, 4)
-    places = [np.arange(9)[place].tolist() for _, place in lm.moe_layers(model)]
+    places = [np.arange(9)[place].tolist() for _, place in model_lib.moe_layers(model)]
     assert places == [0, 1, [2, 4], [3, 5], 6, 7, 8]
 
 
@@ -92,7 +92,7 @@ def test_every_parameter_can_be_split_over_every_axis(config):
     """No parameter asks for one mesh axis twice."""
     mesh = partition.make_mesh(config_lib.MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
     config.model.mamba.moe_projections, config.model.moe.num_shared_experts = ("conv", "gate", "out"), 1
-    places = partition.tree_shardings(lm.abstract(config.model), mesh)
+    places = partition.tree_shardings(model_lib.abstract(config.model), mesh)
     branch = places.periods.blocks[0].branches[0]
     spec = lambda parameter: tuple(jax.tree.leaves(parameter)[0].spec[1:])  # noqa: E731
     for experts in (branch.conv_proj, branch.gate_proj, branch.out_proj):
@@ -104,7 +104,7 @@ def test_every_parameter_can_be_split_over_every_axis(config):
 def test_decay_touches_matrices_of_projections_and_experts_and_spares_the_recurrence(config):
     """A_log, D and dt's bias are spared, as state-spaces/mamba marks them, unless everything is decayed."""
     config.model.mamba.moe_projections = ("conv",)
-    model = lm.abstract(config.model)
+    model = model_lib.abstract(config.model)
     masks = jax.tree_util.tree_leaves_with_path(optimizer.decay_mask(model, "matrices"))
     decayed = {path[-2].name for path, decays in masks if decays}
     assert decayed == {"up", "down", "weight", "gate_proj", "out_proj", "x_proj", "dt_proj"}

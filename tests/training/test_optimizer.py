@@ -8,7 +8,7 @@ import tiny
 
 from moejax import config as config_lib
 from moejax import rules
-from moejax.models import lm
+from moejax.models import model as model_lib
 from moejax.training import optimizer
 
 
@@ -115,7 +115,7 @@ def test_a_schedule_that_cannot_be_is_refused_in_one_line(fields, line):
 def test_matrices_decays_the_weights_of_linear_maps_and_all_decays_everything(config):
     config.model.period = ("mamba", "mamba2", "moe", "attention", "mlp")
     config.model.mlp.bias = config.model.moe.bias = True
-    model = lm.abstract(config.model)
+    model = model_lib.abstract(config.model)
     decayed, spared = set(), set()
     for path, decays in jax.tree_util.tree_leaves_with_path(optimizer.decay_mask(model, "matrices")):
         (decayed if decays else spared).add(path[-2].name)

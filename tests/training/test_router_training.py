@@ -11,7 +11,7 @@ import tiny
 
 from moejax import config as config_lib
 from moejax import partition
-from moejax.models import lm
+from moejax.models import model as model_lib
 from moejax.training import state
 
 # Those with noise, state, a choice over a whole group, or a dispatch of their own; test_state.py has top_k, and gshard
@@ -159,7 +159,7 @@ def test_moe_layers_names_every_layer_once_in_depth_order():
     c = tiny.get_config("unused").model
     c.prefix, c.period, c.num_periods, c.suffix = ("moe",), ("moe", "mlp|moe"), 2, ("mlp", "moe")
     places = []
-    for layer, place in lm.moe_layers(lm.abstract(c)):
+    for layer, place in model_lib.moe_layers(model_lib.abstract(c)):
         stacked = layer.up.shape[0] == 2 and len(layer.up.shape) == 4
         places.append(list(range(*place.indices(6))) if isinstance(place, slice) else place)
         assert stacked == isinstance(place, slice)

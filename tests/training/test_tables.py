@@ -10,7 +10,7 @@ import tiny
 from moejax import config as config_lib
 from moejax import partition
 from moejax.data import pipeline
-from moejax.models import lm
+from moejax.models import model as model_lib
 from moejax.training import state, tables
 
 
@@ -30,7 +30,7 @@ def test_a_table_from_a_file_reaches_every_layer(config, tmp_path):
     table = np.arange(260) % 3
     config.model.moe.hash_table = save(tmp_path / "table.npy", table)
     model = state.create(config, partition.make_mesh(config.mesh, jax.devices()[:1])).model
-    layers = [layer.router.state for layer, _ in lm.moe_layers(model)]
+    layers = [layer.router.state for layer, _ in model_lib.moe_layers(model)]
     assert not (np.asarray(layers[0][...]) == table).all()
     tables.fill(model, tables.read(config))
     np.testing.assert_array_equal(layers[0][...], np.broadcast_to(table, (2, 260)))
@@ -40,7 +40,7 @@ def test_without_a_file_layers_have_tables_of_their_own(config):
     assert tables.read(config) is None
     assert tables.balanced(config, None) is None
     model = state.create(config, partition.make_mesh(config.mesh, jax.devices()[:1])).model
-    first, second = next(lm.moe_layers(model))[0].router.state[...]
+    first, second = next(model_lib.moe_layers(model))[0].router.state[...]
     assert first.dtype == np.int32
     assert set(np.asarray(first)) == {0, 1, 2, 3}
     assert (first != second).mean() > 0.5
