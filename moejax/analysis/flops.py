@@ -163,7 +163,6 @@ def _experts(stack: _Stack, d_in: int, d_out: int, *, slots: bool) -> _Products:
     per_token, returned = float(moe.num_choices), 0.0
     full_capacity = dispatch_rules.RULES["tpu"].full_capacity
     if slots and not moe.is_dropless(moe.capacity_factor, full_capacity):
-        capacity = math.ceil(moe.capacity_factor * group * moe.num_choices / moe.num_experts - 1e-9) or group
-        per_token = moe.num_experts * max(1, min(group, capacity)) / group
+        per_token = moe.num_experts * moe.capacity(group, moe.capacity_factor) / group
         returned = down * per_token
     return _Products(router + expert * per_token + shared, last=shared_last, returned=returned)

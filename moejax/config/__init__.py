@@ -6,7 +6,10 @@ so a launcher can read a config anywhere.
 """
 
 import dataclasses
+import math
 import typing
+
+from moejax.config import routers
 
 BRANCHES = ("mamba", "mamba2", "mamba_moe", "attention", "cross_attention", "mlp", "moe")
 MAMBA_PROJECTIONS = ("conv", "gate", "out")
@@ -24,42 +27,11 @@ MAX_RAGGED = 32
 # Implementations of Mamba's scan, and the platform that each needs; "" = any
 SCANS = {"auto": "", "associative": "", "unrolled": "", "reference": "", "pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 SCAN_STATES = {"pallas_tpu": 128, "pallas_gpu": 64}  # states a channel that a kernel can hold on the chip
+EXPLORATIONS = ("jitter", "dropout", "sample", "argmax")
 ACTIVATIONS = ("relu", "gelu", "swiglu", "geglu")
 GROUPED_MATMULS = ("auto", "blocked", "ragged_dot")
 MOE_LOSSES = ("balance", "importance", "load", "z", "device", "communication", "sequence")
-
-
-class Router(typing.NamedTuple):
-    """What a config may ask of a router."""
-
-    losses: dict[str, float]  # the auxiliary losses that it can train with, and their weights by default
-    top_k: int = 1  # experts a token by default
-    fixed: bool = False  # top_k can't be chosen
-    causal: bool = True  # False: what a token gets depends on later tokens
-    sparse: bool = True  # False: every expert runs on every token, or on mixtures of tokens; nothing is dispatched
-    dropless: bool = False  # dispatch=auto drops nothing, as in its paper
-
-
-_ANY = dict.fromkeys(("balance", "importance", "z", "sequence"), 0.0)
-
-# Weights: Switch section 2.2; GShard as GLaM; Shazeer 2017 appendix; DeepSeek-V2 section 3.1.2; DeepSeek-V3 section 4.2
-ROUTERS = {
-    "soft": Router(losses={"importance": 0.0, "z": 0.0}, fixed=True, sparse=False),
-    "noisy_top_k": Router(top_k=2, losses=_ANY | {"importance": 0.1, "load": 0.1}),
-    "switch": Router(losses=_ANY | {"balance": 0.01}, fixed=True),
-    "gshard": Router(top_k=2, losses=_ANY | {"balance": 0.01}, fixed=True),
-    "top_k": Router(losses=_ANY | {"balance": 0.01}),
-    "group_limited": Router(top_k=2, losses=_ANY | {"balance": 0.003, "device": 0.05, "communication": 0.02}),
-    "sigmoid_bias": Router(
-        top_k=2, losses=_ANY | {"sequence": 1e-4, "device": 0.0, "communication": 0.0}, dropless=True
-    ),
-    "expert_choice": Router(losses={"z": 0.0}, causal=False),
-    "hash": Router(losses={}, fixed=True, dropless=True),
-    "sinkhorn": Router(losses={"z": 0.0}),
-    "soft_moe": Router(losses={}, fixed=True, causal=False, sparse=False),
-    "relu": Router(losses={"relu": 1.0, "z": 0.0}, dropless=True),  # its weight is the adaptive coefficient
-    "label": Router(losses={}, fixed=True, dropless=True),
-}
+Router, ROUTERS = routers.Router, routers.ROUTERS
 
 
 class ConfigError(ValueError):
@@ -149,6 +121,8 @@ class MoeConfig:
     normalise_gates: str = "none"
     capacity_factor: float = 1.25  # slots an expert has, over tokens * top_k / num_experts; 0 = never drop
     eval_capacity_factor: float = 2.0  # the same in evaluation (T5X: 2.0); generation never drops
+    capacity_rounding: str = "up"  # of slots to a whole number: up, down (MoE-Mamba's code, Mesh-TF), nearest (T5X)
+    min_capacity: int = 1  # slots that an expert has at least (Mesh-TF, T5X: 4; T5X's XXL and C: 2)
     # who gets the slots: tokens (in their order), choices (first choices of all tokens first), priority (the tokens of
     # highest probability); auto: tokens, but choices for gshard in training
     capacity_order: str = "auto"
@@ -164,7 +138,12 @@ class MoeConfig:
     exchange: str = "auto"
     num_chunks: int = 1  # dispatch=capacity, there too: parts of the slots, one of which travels beside another's work
     expert_dropout: float = 0.0  # of hidden units of the routed experts, in training (Switch: 0.4 in fine-tuning)
-    jitter: float = 0.01  # router=switch: its input is multiplied by uniform [1 - j, 1 + j] in training (Mesh-TF)
+    # router=switch, in training (Switch's Table 11): jitter of its input, dropout of it, sample: an expert by its
+    # probability, argmax: the most probable, as in evaluation
+    exploration: str = "jitter"
+    jitter: float = 0.01  # exploration=jitter: the router's input is multiplied by uniform [1 - j, 1 + j] (Mesh-TF)
+    router_dropout: float = 0.1  # exploration=dropout: share of the router's input that is left out (Mesh-TF)
+    router_dtype: str = "float32"  # bfloat16: logits, probabilities and gates too, as in Switch's Table 2
     second_threshold: float = 0.2  # router=gshard: in training the second is used with probability gate / threshold
     noise_epsilon: float = 0.01  # router=noisy_top_k: the least standard deviation of the noise (Tensor2Tensor)
     num_groups: int = 4  # router=group_limited, sigmoid_bias: groups of experts (devices, in DeepSeek-V2)
@@ -199,6 +178,20 @@ class MoeConfig:
         if self.dispatch != "auto" or not router.sparse or self.router == "expert_choice":
             return self.dispatch == "dropless"
         return router.dropless or (factor == 0 and self.num_experts > full_capacity * self.num_choices)
+
+    def capacity(self, group_size: int, factor: float) -> int:
+        """Slots an expert has in a group: factor * tokens * K / E, rounded, at most one a token (Switch eq. 3)."""
+        if factor == 0:
+            return group_size
+        slots = factor * group_size * self.num_choices / self.num_experts
+        match self.capacity_rounding:  # 1.1 * 100 / 11 is 10 slots, though not in binary
+            case "up":
+                whole = math.ceil(slots - 1e-9)
+            case "down":
+                whole = math.floor(slots + 1e-9)
+            case _:
+                whole = round(slots)
+        return min(group_size, max(self.min_capacity, whole))
 
     def slot_order(self, train: bool) -> str:
         """capacity_order, resolved. Evaluation does not look ahead unless told to."""

@@ -142,13 +142,6 @@ class Moe(nnx.Module):
         valid_B1 = jnp.ones((x_BD.shape[0], 1), bool)
         return self.prefill(x_BD[:, None], valid_BL=valid_B1, ids_BL=ids_B1, labels_BL=labels_B1)[:, 0]
 
-    def capacity(self, group_size: int, factor: float) -> int:
-        """Slots an expert has in a group: ceil(factor * tokens * K / E), at most one a token (Switch eq. 3)."""
-        if factor == 0:
-            return group_size
-        slots = factor * group_size * self.config.num_choices / self.config.num_experts
-        return max(1, min(group_size, math.ceil(slots - 1e-9)))  # 1.1 * 100 / 11 is 10 slots, though not in binary
-
     def is_dropless(self, factor: float) -> bool:
         """Whether tokens are sorted by expert; else every expert has slots for `capacity` tokens."""
         return self.config.is_dropless(factor, _rule().full_capacity)
@@ -193,7 +186,7 @@ class Moe(nnx.Module):
         if c.router == "soft_moe":
             y_BLD, assignment_GT = self._mix(choose, x_BLD, valid_GT, weights, settings)
         else:
-            capacity = self.capacity(group_size, factor)
+            capacity = self.config.capacity(group_size, factor)
             assignment_GT, logits_GTE = choose(x_BLD, tokens, group_size=group_size, capacity=capacity, train=train)
             x_BLD = x_BLD.astype(self.dtype)
             if c.router == "soft":
@@ -245,7 +238,7 @@ class Moe(nnx.Module):
         seed_BMKZ = _seeds(tokens.keys_B, expert_BMK.shape) if settings.drop_rate else None
         choices_BM = expert_parallel.Choices(expert_BMK, gate_BMK, seed_BMKZ)
         choices_BL = jax.tree.map(lambda x_BM: partition.part(x_BM, "sequence", 1), choices_BM)
-        capacity = self.capacity(group_size, factor)
+        capacity = self.config.capacity(group_size, factor)
         never_drops = not train and capacity >= tokens.valid_BL.size
         is_alone = math.prod(map(partition.num_parts, partition.AXES)) == 1
         if never_drops and expert_BMK.size <= c.num_experts and is_alone:  # a step of decoding

@@ -15,7 +15,7 @@ from jax import Array
 from moejax import config as config_lib
 from moejax import partition
 from moejax.layers import init
-from moejax.ops import routing
+from moejax.ops import dropout, routing
 
 
 class RouterState(nnx.Variable):
@@ -89,26 +89,27 @@ class Router(nnx.Module):
         capacity: tokens that an expert of expert_choice takes from a group.
         """
         c, keys_B = self.config, tokens.keys_B if train else None
-        rows = tokens.valid_BL.shape
-        normal_BLE = uniform_BL = logits_BLE = noise_logits_BLE = None
+        rows, dtype = tokens.valid_BL.shape, jnp.dtype(c.router_dtype)
+        gumbel_BLE = normal_BLE = uniform_BL = logits_BLE = noise_logits_BLE = None
         if self.weight is not None:
-            if c.router == "switch" and keys_B is not None and c.jitter:
-                shape = (*rows, x_BLD.shape[-1])
-                factor_BLD = _draw(jax.random.uniform, keys_B, shape, minval=1 - c.jitter, maxval=1 + c.jitter)
-                x_BLD = x_BLD.astype(jnp.float32) * partition.part(factor_BLD, "sequence", 1)
-            logits_BLE = partition.gathered(_product(x_BLD, self.weight[...]), "sequence", 1)
+            if c.router == "switch" and keys_B is not None:
+                x_BLD = self._explore(x_BLD, keys_B, (*rows, x_BLD.shape[-1]))
+            logits_BLE = partition.gathered(_product(x_BLD, self.weight[...], dtype), "sequence", 1)
         if self.noise is not None:
-            noise_logits_BLE = partition.gathered(_product(x_BLD, self.noise[...]), "sequence", 1)
+            noise_logits_BLE = partition.gathered(_product(x_BLD, self.noise[...], dtype), "sequence", 1)
         if keys_B is not None and logits_BLE is not None:
             if c.router == "noisy_top_k":
                 normal_BLE = _draw(jax.random.normal, keys_B, logits_BLE.shape)
             elif c.router == "gshard":
                 uniform_BL = _draw(jax.random.uniform, keys_B, rows)
+            elif c.router == "switch" and c.exploration == "sample":
+                gumbel_BLE = _draw(jax.random.gumbel, keys_B, logits_BLE.shape)
         inputs_GT = jax.tree.map(
             lambda x_BL: x_BL.reshape(-1, group_size, *x_BL.shape[2:]),
             {
                 "logits": logits_BLE,
                 "noise_logits": noise_logits_BLE,
+                "gumbel": gumbel_BLE,
                 "normal": normal_BLE,
                 "uniform": uniform_BL,
                 "valid": tokens.valid_BL,
@@ -117,7 +118,21 @@ class Router(nnx.Module):
             },
         )
         assignment = jax.vmap(lambda inputs_T: self._choose(inputs_T, capacity, train))(inputs_GT)
-        return assignment, inputs_GT["logits"]
+        gate_GTK, prob_GTE = (
+            x_GT.astype(dtype).astype(jnp.float32) for x_GT in (assignment.gate_TK, assignment.prob_TE)
+        )
+        return assignment._replace(gate_TK=gate_GTK, prob_TE=prob_GTE), inputs_GT["logits"]
+
+    def _explore(self, x_BLD: Array, keys_B: Array, shape: tuple[int, ...]) -> Array:
+        """The input of router=switch in training; shape: of whole rows."""
+        c = self.config
+        if c.exploration == "jitter" and c.jitter:
+            factor_BLD = _draw(jax.random.uniform, keys_B, shape, minval=1 - c.jitter, maxval=1 + c.jitter)
+        elif c.exploration == "dropout" and c.router_dropout:
+            factor_BLD = dropout.factors(keys_B, shape, c.router_dropout)
+        else:
+            return x_BLD
+        return x_BLD.astype(jnp.float32) * partition.part(factor_BLD, "sequence", 1)
 
     def mixtures(self, x_GTD: Array, valid_GT: Array) -> tuple[Array, Array]:
         """(dispatch_GTES, combine_GTES) of soft_moe."""
@@ -139,7 +154,7 @@ class Router(nnx.Module):
                     logits_TE, noise_logits_TE, inputs_T["normal"], k=k, noise_epsilon=c.noise_epsilon, valid_T=valid_T
                 )
             case "switch":
-                return routing.switch(logits_TE, valid_T=valid_T)
+                return routing.switch(logits_TE, inputs_T["gumbel"], valid_T=valid_T)
             case "gshard":
                 return routing.gshard(logits_TE, inputs_T["uniform"], threshold=c.second_threshold, valid_T=valid_T)
             case "top_k":
@@ -188,9 +203,10 @@ def _given(x_T: Array | None, router: str, what: str) -> Array:
     return x_T
 
 
-def _product(x_BLD: Array, weight_DE: Array) -> Array:
-    """float32 throughout (selective precision, Switch section 2.4): by default TPUs and GPUs would round the inputs."""
-    return jnp.matmul(x_BLD.astype(jnp.float32), weight_DE, precision=jax.lax.Precision.HIGHEST)
+def _product(x_BLD: Array, weight_DE: Array, dtype: jnp.dtype) -> Array:
+    """float32: throughout (selective precision, Switch section 2.4), where TPUs and GPUs by default round inputs."""
+    product = jnp.matmul(x_BLD.astype(dtype), weight_DE.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+    return product.astype(jnp.float32)
 
 
 def _draw(distribution: Any, keys_B: Array, shape: tuple[int, ...], **bounds: float) -> Array:

@@ -102,9 +102,17 @@ def noisy_top_k(
     return assignment._replace(load_TE=_masked(load_TE, valid_T))
 
 
-def switch(logits_TE: Array, *, valid_T: Array | None = None) -> Assignment:
-    """The most probable expert, with its probability as the gate (Switch Transformers, arXiv 2101.03961, eq. 1-2)."""
-    return top_k(logits_TE, k=1, valid_T=valid_T)
+def switch(logits_TE: Array, gumbel_TE: Array | None = None, *, valid_T: Array | None = None) -> Assignment:
+    """The most probable expert, with its probability as the gate (Switch Transformers, arXiv 2101.03961, eq. 1-2).
+
+    gumbel_TE: noise of the standard Gumbel distribution: then an expert is drawn by its probability (appendix C).
+    """
+    if gumbel_TE is None:
+        return top_k(logits_TE, k=1, valid_T=valid_T)
+    logits_TE = _masked(logits_TE, valid_T)
+    prob_TE = jax.nn.softmax(logits_TE, axis=-1)
+    expert_T1 = jnp.argmax(logits_TE + _masked(gumbel_TE, valid_T), axis=-1, keepdims=True)
+    return _assign(expert_T1, jnp.take_along_axis(prob_TE, expert_T1, axis=-1), prob_TE, valid_T)
 
 
 def gshard(logits_TE: Array, uniform_T: Array | None, *, threshold: float, valid_T: Array | None = None) -> Assignment:

@@ -7,7 +7,9 @@ from moejax.rules.checks import at_least, get, one_of, positive, require
 
 # Settings of model.moe that only some routers read.
 _READ_BY = {
+    "exploration": ("switch",),
     "jitter": ("switch",),
+    "router_dropout": ("switch",),
     "second_threshold": ("gshard",),
     "noise_epsilon": ("noisy_top_k",),
     "num_groups": ("group_limited", "sigmoid_bias"),
@@ -61,8 +63,18 @@ def validate(moe: config_lib.MoeConfig, config: config_lib.Config) -> None:
     at_least(config, 0, "model.moe.capacity_factor", "model.moe.eval_capacity_factor", "model.moe.noise_epsilon")
     at_least(config, 0, "model.moe.bias_rate", "model.moe.relu_coefficient", "model.moe.second_threshold")
     positive(config, "model.moe.gate_scale")
-    for path, minimum in (("model.moe.expert_dropout", 0), ("model.moe.jitter", 0)):
-        require(minimum <= get(config, path) < 1, f"{path}={get(config, path)} must lie in [0, 1); change it")
+    one_of("model.moe.exploration", moe.exploration, config_lib.EXPLORATIONS)
+    one_of("model.moe.router_dtype", moe.router_dtype, ("float32", "bfloat16"))
+    one_of("model.moe.capacity_rounding", moe.capacity_rounding, ("up", "down", "nearest"))
+    at_least(config, 1, "model.moe.min_capacity")
+    for path in ("model.moe.expert_dropout", "model.moe.jitter", "model.moe.router_dropout"):
+        require(0 <= get(config, path) < 1, f"{path}={get(config, path)} must lie in [0, 1); change it")
+    for name, exploration in (("jitter", "jitter"), ("router_dropout", "dropout")):
+        value = getattr(moe, name)
+        require(
+            moe.exploration == exploration or value == getattr(config_lib.MoeConfig(), name),
+            f"model.moe.{name}={value} has no effect with exploration={moe.exploration}; leave it at its default",
+        )
     require(
         moe.relu_multiplier > 1,
         f"model.moe.relu_multiplier={moe.relu_multiplier} must be over 1 (ReMoE: 1.2); raise it",

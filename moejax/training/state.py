@@ -179,7 +179,12 @@ def _rows_of_groups(config: config_lib.Config) -> int:
 
 def _has_noise(model: config_lib.ModelConfig) -> bool:
     moe_config = model.moe
-    noisy = {"switch": moe_config.jitter > 0, "gshard": moe_config.second_threshold > 0, "noisy_top_k": True}
+    explores = {"jitter": moe_config.jitter > 0, "dropout": moe_config.router_dropout > 0, "sample": True}
+    noisy = {
+        "switch": explores.get(moe_config.exploration, False),
+        "gshard": moe_config.second_threshold > 0,
+        "noisy_top_k": True,
+    }
     of_experts = noisy.get(moe_config.router, False) or moe_config.expert_dropout > 0
     return model.dropout > 0 or (model.has_experts and of_experts)
 

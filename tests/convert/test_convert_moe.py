@@ -177,7 +177,7 @@ def test_deepseek_v3_with_groups_of_one_expert_equals_a_loop_over_tokens():
 
 def test_switch_drops_beyond_its_capacity_in_a_row():
     layer = moe.from_hf("switch", draw("switch"), settings("switch", num_experts=E, expert_capacity=2))
-    assert [layer.capacity(8, factor) for factor in (layer.config.capacity_factor, 0.0)] == [2, 8]
+    assert [layer.config.capacity(8, factor) for factor in (layer.config.capacity_factor, 0.0)] == [2, 8]
     token_D = np.random.default_rng(2).normal(size=D).astype(np.float32)
     y_BLD, aux = jax.jit(layer)(np.broadcast_to(token_D, (2, 8, D)))
     assert aux.dropped == 2 * 6
@@ -194,7 +194,7 @@ def test_the_factor_of_switch_gives_back_its_capacity(seq_length, capacity, num_
         lambda: moe_layer.Moe(2, config, init_scale=1.0, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(params=0))
     )
     for factor in (config.capacity_factor, config.eval_capacity_factor):
-        assert layer.capacity(seq_length, factor) == min(capacity, seq_length)
+        assert layer.config.capacity(seq_length, factor) == min(capacity, seq_length)
 
 
 @every_family

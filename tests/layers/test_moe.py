@@ -167,7 +167,28 @@ def test_the_router_learns_from_the_output_alone(router, fill):
 def test_capacity_table(group_size, factor, top_k, num_experts, slots):
     config = config_lib.MoeConfig(num_experts=num_experts, top_k=top_k)
     module = jax.eval_shape(lambda: moe_loop.create(config))
-    assert module.capacity(group_size, factor) == slots
+    assert module.config.capacity(group_size, factor) == slots
+
+
+@pytest.mark.parametrize(
+    ("rounding", "least", "group_size", "factor", "num_experts", "slots"),
+    [
+        ("down", 1, 65_536, 1.0, 42, 1560),  # MoE-Mamba's 25M, whose code has int()
+        ("up", 1, 65_536, 1.0, 42, 1561),
+        ("nearest", 1, 65_536, 1.0, 42, 1560),
+        ("nearest", 1, 8, 1.25, 4, 2),  # 2.5: halves to even
+        ("nearest", 1, 11, 1.25, 5, 3),  # 2.75
+        ("down", 1, 100, 1.1, 10, 11),  # 11.000000000000002 in binary, and 0.3 * 10 below 3
+        ("down", 1, 10, 0.3, 1, 3),
+        ("down", 1, 2, 1.0, 8, 1),  # never none
+        ("down", 4, 8, 1.0, 8, 4),  # Mesh-TensorFlow's least
+        ("up", 4, 3, 1.0, 8, 3),  # but one a token at most
+        ("down", 4, 8, 0.0, 8, 8),
+    ],
+)
+def test_capacity_is_rounded_as_the_config_says(rounding, least, group_size, factor, num_experts, slots):
+    config = config_lib.MoeConfig(num_experts=num_experts, capacity_rounding=rounding, min_capacity=least)
+    assert config.capacity(group_size, factor) == slots
 
 
 @pytest.mark.parametrize(
