@@ -1,0 +1,284 @@
+"""The models of Switch Transformers (arXiv 2101.03961) and the T5 models beside them, a name each:
+--config=configs/switch.py:NAME.
+
+Quality is the log perplexity of span corruption on C4, in nats with the sign turned, by the paper: higher is better.
+Parameters are ours (`moejax params`), with the embedding; the paper's and those of its released code are the same to
+what they print. We have run none of these to the end.
+
+Table 9; FLOPs of a forward pass for a sequence, by the paper:
+
+    name                 parameters           FLOPs    at 250k steps    at 500k steps
+    t5_base                    222,903,552    124B     -1.599           -1.556
+    t5_large                   737,668,096    425B     -1.402           -1.350
+    t5_xxl                  11,135,332,352    6.3T     -1.147           -1.095
+    switch_base_128          7,415,217,408    124B     -1.370           -1.306
+    switch_large_128        26,309,291,008    425B     -1.248           -1.177
+    switch_xxl             394,675,073,024    6.3T     -1.086           -1.008
+    switch_c             1,571,375,798,688    890B     -1.096           -1.043
+
+Tables 6 to 8, distillation, have switch_base_N of 8, 16, 32, 64 and 256 experts, too:
+
+    switch_base_8      619,339,008    switch_base_32     1,978,514,688    switch_base_256    14,664,154,368
+    switch_base_16   1,072,397,568    switch_base_64     3,790,748,928
+
+Table 1, after 100k steps (hours to -1.50 on 32 TPU v3 cores): capacity factor 2.0, 1.25 or 1.0, written 200, 125, 100;
+MoE is top-2 (GShard), whose factor Mesh-TensorFlow does not multiply by the two choices, as ours is: it is half of it
+here. "plus" is 896 wide with 16 heads.
+
+    t5_base                 -1.731 (not reached)      switch_base_128_c200         -1.554 (72.8)
+    t5_large                -1.550 (131.1)            switch_base_128_c125         -1.553 (65.0)
+    moe_base_128_c200       -1.547 (68.7)             switch_base_128_c100         -1.561 (62.8)
+    moe_base_128_c125       -1.559 (80.7)             switch_base_128_plus_c100    -1.534 (67.6)
+    moe_base_128_c100       -1.572 (80.1)
+
+Table 2, precision, 32 experts, early in training: precision_float32 -1.718, precision_bfloat16 -3.780 (diverged),
+precision_selective -1.716, the router alone in float32. Table 3, the scale of the initialisers, 32 experts, after 3,500
+steps, 3 seeds: scale_small (0.1) -2.72 (deviation 0.01), scale_large (1.0) -3.60 (0.68). Table 11, exploration, after
+an unstated number of steps: explore_argmax -1.471, explore_sample -1.570, explore_dropout -1.480, explore_jitter
+-1.468.
+
+Recipe (the paper; T5X's and Mesh-TensorFlow's code for what it does not say):
+- C4 in English; spans of 3 tokens on average replaced by one sentinel each, 15 % of the tokens; 512 tokens for the
+  encoder, 114 for the decoder; 2^20 tokens a step, as 2,048 rows of 512. T5's 32,000 word pieces and 100 sentinels, in
+  an embedding of 32,128: give the file, --config.data.tokenizer=sentencepiece:FILE. Rows are cut from the stream of
+  all documents, so prepare the corpus first, as below.
+- Adafactor with T5X's constants; learning rate 1 / sqrt(max(step, 10,000)). Z-loss 1e-4 of the vocabulary's softmax. No
+  dropout before fine-tuning.
+- RMSNorm before each layer and at the end of each stack, no biases, relative positions in 32 buckets up to 128, shared
+  by the layers of a stack. Weights are normal with variance 0.1 / fan-in, cut at 2 deviations.
+- One expert a token, the gate its probability; every other feed-forward layer of both stacks (Switch-C: all).
+  Capacity factor 1.25 in training (large, C: 1.0) and 2.0 in evaluation (XXL: 4.0), in groups of 8,192 encoder tokens
+  (large, XXL: 4,096; C: 2,048) and the decoder's of the same rows, rounded, at least 4 slots (XXL, C: 2). 0.01 times
+  the load-balance loss of every layer; input jitter of 0.01; bfloat16 with the router in float32.
+
+Where paper and code differ, and what gives the other reading:
+- Base and Large have ReLU layers of 3,072 and 4,096 and a tied head, as released; Table 9 prints GEGLU layers of 2,048
+  and 2,816: --config.model.mlp.activation=geglu --config.model.mlp.d_ff=2048, and the same of model.moe and d_expert.
+- XXL has 128 experts, which make the paper's 395B; its Table 9 prints 64, which make 201B.
+- Switch-C has 32 heads as in Table 9; the released code has 30, and 1,571B either way.
+- Losses of layers are added, as in Mesh-TensorFlow; T5X has their mean: --config.model.moe.layer_reduction=mean. T5X
+  has no jitter, and Mesh-TensorFlow's schedule falls to 0 over the last tenth: --config.optimizer.linear_decay=0.1.
+
+NAME,finetune is its recipe for text-to-text pairs (section 4.1), in a file of JSON lines: dropout 0.1, 0.4 of the
+experts' hidden units, learning rate 0.001, 16,000 steps. NAME,mini is the row in small, 4 layers of width 128 a stack
+and an eighth of the experts, 32 at most, on text that needs no files: Wikipedia lead sections, BPE of 1,024 tokens with
+its sentinels, 2,000 steps of 8 rows of 256; a fiftieth of the steps, as there, are at the first rate. Both:
+NAME,mini,finetune.
+
+    moejax data prepare --config=configs/switch.py --config.data.tokenizer=sentencepiece:FILE --output=c4
+    moejax train --config=configs/switch.py:switch_base_128 --config.data.source=prepared:c4 --workdir=runs/switch_base
+    moejax train --config=configs/switch.py:switch_base_128,mini --workdir=runs/switch_mini
+"""
+
+import functools
+from collections.abc import Callable
+
+from moejax import config
+
+DENSE = ("attention", "mlp")
+SPARSE = ("attention", "moe")
+MINI_STEPS, MINI_EXPERTS = 2000, 32
+
+
+def t5_base() -> config.Config:
+    """T5 1.0's Base: 12 layers a stack of width 768."""
+    c = config.Config()
+    c.model.d_model = 768
+    c.model.attention.num_heads = 12
+    c.model.attention.position = "relative"
+    c.model.mlp.d_ff = c.model.moe.d_expert = 3072
+    c.model.mlp.activation = c.model.moe.activation = "relu"
+    _layers(c, DENSE, 12)
+    c.model.vocab_size = 32_128
+    c.model.norm_eps = 1e-6
+    c.model.embedding_std = 1.0
+    c.model.scale_tied_logits = True
+    c.model.remat = "period"
+    c.model.compute_dtype = "bfloat16"
+    c.data.source = "tfds:c4/en:3.1.0"
+    c.data.tokenizer = "sentencepiece:t5.model"
+    c.data.objective = "span_corruption"
+    c.data.packing = "concatenate"
+    c.data.seq_length, c.data.batch_size = 512, 2048
+    c.optimizer.name = "adafactor"
+    c.optimizer.schedule = "inverse_sqrt"
+    c.optimizer.learning_rate, c.optimizer.warmup_steps = 1.0, 10_000
+    c.optimizer.weight_decay = c.optimizer.clip_norm = 0.0
+    c.training.z_weight = 1e-4
+    c.training.num_steps = 500_000
+    c.training.eval_every, c.training.eval_batches = 1000, 20
+    c.checkpoint.every = 1000
+    return c
+
+
+def t5_large() -> config.Config:
+    """T5 1.0's Large: 24 layers a stack of width 1024."""
+    c = t5_base()
+    c.model.d_model = 1024
+    c.model.attention.num_heads = 16
+    c.model.mlp.d_ff = c.model.moe.d_expert = 4096
+    _layers(c, DENSE, 24)
+    return _sharded(c)
+
+
+def t5_xxl() -> config.Config:
+    """T5 1.1's XXL: 24 layers a stack of width 4096, GEGLU, the head not tied."""
+    c = t5_large()
+    c.model.d_model = 4096
+    c.model.attention.num_heads, c.model.attention.d_head = 64, 64
+    c.model.mlp.d_ff = c.model.moe.d_expert = 10_240
+    c.model.mlp.activation = c.model.moe.activation = "geglu"
+    c.model.tie_embeddings = c.model.scale_tied_logits = False
+    return c
+
+
+def switch_base(num_experts: int = 128) -> config.Config:
+    """Experts in every other feed-forward layer of T5-Base."""
+    return _switch(t5_base(), num_experts)
+
+
+def switch_large_128() -> config.Config:
+    """Experts in every other feed-forward layer of T5-Large."""
+    c = _switch(t5_large(), 128)
+    c.model.moe.capacity_factor, c.model.moe.group_size = 1.0, 4096
+    return c
+
+
+def switch_xxl() -> config.Config:
+    """Experts in every other feed-forward layer of T5-XXL."""
+    c = _switch(t5_xxl(), 128)
+    c.model.moe.eval_capacity_factor, c.model.moe.group_size, c.model.moe.min_capacity = 4.0, 4096, 2
+    return c
+
+
+def switch_c() -> config.Config:
+    """2,048 experts in every feed-forward layer of 15 layers a stack."""
+    c = _switch(t5_large(), 2048)
+    c.model.d_model = 2080
+    c.model.attention.num_heads, c.model.attention.d_head = 32, 64
+    c.model.moe.d_expert = c.model.mlp.d_ff = 6144
+    c.model.tie_embeddings = c.model.scale_tied_logits = False
+    c.model.moe.capacity_factor, c.model.moe.group_size, c.model.moe.min_capacity = 1.0, 2048, 2
+    _layers(c, SPARSE, 15)
+    return c
+
+
+def table_1(factor: int = 125, *, top_2: bool = False, wide: bool = False) -> config.Config:
+    """Base with 128 experts by its capacity factor in hundredths; wide: with 896 and 16 heads of 56."""
+    c = switch_base(128)
+    c.model.moe.capacity_factor = factor / 100
+    if top_2:
+        c.model.moe.router = "gshard"
+        c.model.moe.capacity_factor, c.model.moe.eval_capacity_factor = factor / 200, 1.0
+    if wide:
+        c.model.d_model, c.model.attention.num_heads = 896, 16
+    c.training.num_steps = 100_000
+    return c
+
+
+def precision(compute: str = "bfloat16", router: str = "float32") -> config.Config:
+    """Table 2: Base with 32 experts."""
+    c = switch_base(32)
+    c.model.compute_dtype, c.model.moe.router_dtype = compute, router
+    c.training.num_steps = 3500
+    return c
+
+
+def scale(init_scale: float = 0.1) -> config.Config:
+    """Table 3: Base with 32 experts."""
+    c = precision()
+    c.model.init_scale = init_scale
+    return c
+
+
+def explore(exploration: str = "jitter") -> config.Config:
+    """Table 11: Base with 32 experts."""
+    c = switch_base(32)
+    c.model.moe.exploration = exploration
+    c.training.num_steps = 100_000
+    return c
+
+
+def _layers(c: config.Config, encoder: tuple[str, ...], layers: int) -> None:
+    """So many layers a stack, each of these branches, with cross attention in the decoder."""
+    decoder = tuple(
+        branch for one in encoder for branch in ((one, "cross_attention") if one == "attention" else (one,))
+    )
+    c.model.encoder_period, c.model.num_encoder_periods = encoder, layers * 2 // len(encoder)
+    c.model.period, c.model.num_periods = decoder, c.model.num_encoder_periods
+
+
+def _switch(c: config.Config, num_experts: int) -> config.Config:
+    _layers(c, (*DENSE, *SPARSE), c.model.num_encoder_periods)
+    moe = c.model.moe
+    moe.router = "switch"
+    moe.num_experts = num_experts
+    moe.group_size, moe.capacity_rounding, moe.min_capacity = 8192, "nearest", 4
+    moe.layer_reduction = "sum"
+    return _sharded(c)
+
+
+def _sharded(c: config.Config) -> config.Config:
+    c.mesh.data, c.mesh.fsdp = 1, -1
+    return c
+
+
+def _finetune(c: config.Config) -> config.Config:
+    c.model.dropout = 0.1
+    if c.model.has_experts:
+        c.model.moe.expert_dropout = 0.4
+    c.data.source, c.data.objective, c.data.packing = "files:pairs.jsonl", "text_to_text", "pad"
+    c.optimizer.schedule, c.optimizer.learning_rate, c.optimizer.warmup_steps = "constant", 1e-3, 0
+    c.training.num_steps, c.training.eval_every = 16_000, 200
+    return c
+
+
+def _mini(c: config.Config) -> config.Config:
+    model = c.model
+    width = model.d_model
+    model.d_model, model.attention.num_heads, model.attention.d_head = 128, 2, 64
+    for part in (model.mlp, model.moe):
+        field = "d_ff" if part is model.mlp else "d_expert"
+        setattr(part, field, getattr(part, field) * 128 // width)
+    model.moe.num_experts = min(MINI_EXPERTS, max(1, model.moe.num_experts // 8))
+    _layers(c, model.encoder_period, 4)
+    model.remat = "none"
+    model.compute_dtype = "bfloat16" if model.moe.router_dtype == "bfloat16" else "float32"
+    model.vocab_size = c.data.vocab_size = 1024
+    c.data.source, c.data.tokenizer = "wikipedia", "bpe"
+    c.data.seq_length, c.data.batch_size = 256, 8
+    model.moe.group_size = 256 * min(8, model.moe.group_size // 512)
+    model.moe.min_capacity = 1 if not model.has_experts else model.moe.min_capacity
+    c.optimizer.warmup_steps = MINI_STEPS // 50  # 10,000 of 500,000
+    c.optimizer.learning_rate = 0.01 * c.optimizer.warmup_steps**0.5  # 0.01 at first, as theirs
+    c.training.num_steps = MINI_STEPS
+    c.training.eval_every, c.training.eval_batches = 500, 0
+    return c
+
+
+ROWS: dict[str, Callable[[], config.Config]] = {
+    **{row.__name__: row for row in (t5_base, t5_large, t5_xxl, switch_large_128, switch_xxl, switch_c)},
+    **{f"switch_base_{n}": functools.partial(switch_base, n) for n in (8, 16, 32, 64, 128, 256)},
+    **{f"switch_base_128_c{factor}": functools.partial(table_1, factor) for factor in (200, 125, 100)},
+    **{f"moe_base_128_c{factor}": functools.partial(table_1, factor, top_2=True) for factor in (200, 125, 100)},
+    "switch_base_128_plus_c100": functools.partial(table_1, 100, wide=True),
+    "precision_float32": functools.partial(precision, "float32"),
+    "precision_bfloat16": functools.partial(precision, "bfloat16", "bfloat16"),
+    "precision_selective": precision,
+    "scale_small": scale,
+    "scale_large": functools.partial(scale, 1.0),
+    **{f"explore_{how}": functools.partial(explore, how) for how in config.EXPLORATIONS},
+}
+
+
+def get_config(name: str = "switch_base_128") -> config.Config:
+    """A row of a table by its name; after it, with commas, mini and finetune."""
+    row, *sizes = name.split(",")
+    if row not in ROWS or not {*sizes} <= {"mini", "finetune"}:
+        raise ValueError(
+            f"{name} is no row; write one of {', '.join(ROWS)}, with ,mini or ,finetune after it or neither"
+        )
+    c = ROWS[row]()
+    for size in sizes:
+        c = _mini(c) if size == "mini" else _finetune(c)
+    return c
