@@ -1,4 +1,4 @@
-"""Every row of Switch Transformers' tables has the parameters of a closed form, and the paper's where it prints them."""
+"""Every row of Switch Transformers' tables has the parameters of a closed form, and those that the paper prints."""
 
 import pathlib
 import runpy
