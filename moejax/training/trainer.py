@@ -233,10 +233,16 @@ class RowLog:
 
 
 def notes(config: config_lib.Config, data: pipeline.Data) -> list[str]:
-    """What a user should know of the router before the run, a line each."""
+    """What a user should know of the pairs and the router before the run, a line each."""
+    found = []
+    if data.num_cut:
+        found.append(
+            f"note: {data.num_cut:,} inputs with EOS are longer than data.seq_length={config.data.seq_length}; what is "
+            "beyond is not read"
+        )
     if not config.model.has_experts:
-        return []
-    c, found = config.model.moe, []
+        return found
+    c = config.model.moe
     is_dropless = c.is_dropless(1.0, full_capacity=1.0)  # where the factor would drop something
     if is_dropless and (c.capacity_factor or c.eval_capacity_factor):
         found.append(f"note: router={c.router} drops no token here; model.moe.capacity_factor does not apply")
