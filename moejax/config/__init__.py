@@ -354,6 +354,7 @@ class TrainingConfig:
 
     num_steps: int = 1000
     seed: int = 0  # of the parameters at initialisation
+    init_from: str = ""  # folder of a run whose newest parameters, and tokenizer, this one starts from (fine-tuning)
     num_microbatches: int = 1  # a batch is run in this many parts, one after another
     z_weight: float = 0.0  # of the mean square of the log of the vocabulary softmax's normaliser (T5X: 1e-4)
     ema_alpha: float = 0.001  # weight of the new loss in ema_loss (MoE-Mamba: 0.001)
