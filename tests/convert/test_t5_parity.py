@@ -1,13 +1,13 @@
 """T5 1.0, T5 1.1 and Switch Transformers give what Hugging Face's give: logits, loss and every gradient.
 
 Where the libraries differ in routing:
-- Hugging Face routes padding, and counts it in the router's losses; we do not. Padding comes last in a row here, so that
-  it takes no slot from a token.
+- Hugging Face routes padding, and counts it in the router's losses; we do not. Padding comes last in a row here, so
+  that it takes no slot from a token.
 - Its capacity is a number of tokens a row, the same for both stacks; ours a factor of the tokens a row, so that rows of
   both stacks have one length where tokens are dropped.
-- Its balance loss of a stack is computed over all layers at once, and left out where every layer is sparse; ours is one
-  a layer, so that the models whose losses are compared have one sparse layer a stack.
-- It drops what overflows to zero, as we do; its jitter multiplies what experts see, too: no jitter in evaluation.
+- Its balance loss of a stack is computed over all layers at once, and left out where every layer is sparse; ours is
+  one a layer, so that the model whose losses are compared has one sparse layer a stack.
+- Its jitter multiplies what experts see, too, ours what the router sees alone: there is none in evaluation.
 """
 
 import dataclasses
