@@ -97,7 +97,7 @@ def _pairs(
     inputs, targets, count = [], [], 0
     for row in itertools.count() if packer.num_rows is None else range(packer.num_rows):
         streams = packer.read([row])[0]
-        if isinstance(objective, packing.SpanCorruption):
+        if not isinstance(objective, packing.NextToken):
             arrays = objective.arrays(streams, row)
             mask_M = arrays["loss_mask_M"]
             pairs = [(arrays["decoder_inputs_M"][mask_M], arrays["targets_M"][mask_M])]

@@ -10,6 +10,7 @@ import pytest
 
 from moejax.analysis import baselines
 from moejax.data import packing
+from moejax.data import pairs as pairs_lib
 
 
 def objective(eot):
@@ -162,3 +163,17 @@ def test_of_a_corrupted_corpus_the_pairs_are_the_decoders():
     unigram = [math.log((counts[v] + 1) / (len(pairs) + 30)) for _, v in pairs]
     assert losses.unigram == pytest.approx(-np.mean(unigram), rel=1e-12)
     assert losses.bigram == pytest.approx(-np.mean([math.log(probability(u, v)) for u, v in pairs]), rel=1e-12)
+
+
+def test_of_pairs_of_texts_what_is_predicted_is_the_targets():
+    """Of [7, 8, EOT, 1, 2] that is 1 after padding, 2 after 1 and EOT after 2, whatever the input is."""
+    objective = pairs_lib.TextToText(inputs_length=4, targets_length=4, end_of_text=9, pad=0)
+    texts = (([7, 8], [1, 2]), ([8], [1]), ([7], [2, 2, 1]))
+    documents = [np.array(pairs_lib.join(*pair, 9), np.int32) for pair in texts]
+    rows = packing.Pad(documents, objective, np.arange(3))
+    found = baselines.compute(rows, rows, objective, 10)
+    predicted = [(0, 1), (1, 2), (2, 9), (0, 1), (1, 9), (0, 2), (2, 2), (2, 1), (1, 9)]
+    counts, probability = collections.Counter(target for _, target in predicted), slow_kneser_ney(predicted, 10)
+    unigram = [math.log((counts[v] + 1) / (len(predicted) + 10)) for _, v in predicted]
+    assert found.unigram == pytest.approx(-np.mean(unigram), rel=1e-12)
+    assert found.bigram == pytest.approx(-np.mean([math.log(probability(u, v)) for u, v in predicted]), rel=1e-12)
