@@ -1,6 +1,7 @@
 """What counting alone achieves: the losses a language model must beat on the same held-out documents.
 
-The prediction problem is the model's: the pairs of the same rows (`packing`).
+The prediction problem is the model's: the pairs of the same rows (`packing`); of an encoder-decoder, those of the
+decoder's inputs and targets, without what its encoder reads.
 """
 
 import dataclasses
@@ -23,16 +24,19 @@ class Baselines:
     bigram: float  # the target given the input, see `kneser_ney`
 
 
-def compute(train: packing.Packer, validation: packing.Packer, vocab_size: int) -> Baselines:
+def compute(
+    train: packing.Packer, validation: packing.Packer, objective: packing.Objective, vocab_size: int
+) -> Baselines:
     """The baselines of a corpus.
 
     Args:
       train: rows to count in: the first of an epoch, 2**22 pairs at most.
       validation: rows to predict, all of them.
+      objective: what a row is made into.
       vocab_size: V, tokens with a probability.
     """
-    inputs_T, targets_T = _pairs(train, MAX_PAIRS)
-    held_out_inputs_T, held_out_targets_T = _pairs(validation)
+    inputs_T, targets_T = _pairs(train, objective, MAX_PAIRS)
+    held_out_inputs_T, held_out_targets_T = _pairs(validation, objective)
     count_V = np.bincount(targets_T, minlength=vocab_size)
     unigram_V = (count_V + 1) / (len(targets_T) + vocab_size)
     bigram_T = kneser_ney(inputs_T, targets_T, held_out_inputs_T, held_out_targets_T, vocab_size)
@@ -86,14 +90,23 @@ def kneser_ney(
     return np.where(total_Q > 0, discounted_Q / np.maximum(total_Q, 1), continuation_Q)
 
 
-def _pairs(packer: packing.Packer, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def _pairs(
+    packer: packing.Packer, objective: packing.Objective, limit: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """(inputs, targets) of the rows from row 0 on, until `limit` pairs are found or an epoch ends."""
     inputs, targets, count = [], [], 0
     for row in itertools.count() if packer.num_rows is None else range(packer.num_rows):
-        for stream in packer.read([row])[0]:
-            inputs.append(stream[:-1])
-            targets.append(stream[1:])
-            count += len(stream) - 1
+        streams = packer.read([row])[0]
+        if not isinstance(objective, packing.NextToken):
+            arrays = objective.arrays(streams, row)
+            mask_M = arrays["loss_mask_M"]
+            pairs = [(arrays["decoder_inputs_M"][mask_M], arrays["targets_M"][mask_M])]
+        else:
+            pairs = [(stream[:-1], stream[1:]) for stream in streams]
+        for before, after in pairs:
+            inputs.append(before)
+            targets.append(after)
+            count += len(after)
         if limit is not None and count >= limit:
             break
     return np.concatenate(inputs), np.concatenate(targets)

@@ -55,8 +55,10 @@ def training_step(config: config_lib.Config, *, is_split: bool = False) -> Flops
 
 
 class _Stack(NamedTuple):
-    """What the products of a stack depend on. memory: positions that cross attention looks at. group: tokens among which
-    capacity is counted."""
+    """What the products of a stack depend on.
+
+    memory: positions that cross attention looks at. group: tokens among which capacity is counted.
+    """
 
     model: config_lib.ModelConfig
     length: int

@@ -21,6 +21,8 @@ from moejax import partition
 from moejax.analysis import chips, cost, flops, params, roofline, topology
 from moejax.analysis import collectives as collectives_lib
 from moejax.analysis import program as program_lib
+from moejax.data import corruption
+from moejax.rules import model as model_rules
 from moejax.training import state as state_lib
 
 HOURS = 3600
@@ -112,11 +114,7 @@ def mesh_of(config: config_lib.Config, devices: list[Any]) -> Mesh:
     Raises:
       ConfigError: a mesh, a batch, a scan or an objective that can't be on them.
     """
-    if config.data.objective != "next_token":
-        raise config_lib.ConfigError(
-            f"data.objective={config.data.objective} is for encoder-decoder models, which moejax train does not have "
-            "yet; set data.objective=next_token"
-        )
+    model_rules.validate_trainable(config)
     mesh = partition.make_mesh(config.mesh, devices)
     partition.check_batch(config, mesh)
     partition.check_platform(config, mesh)
@@ -195,11 +193,20 @@ def make(
 def abstract_arguments(config: config_lib.Config, mesh: Mesh) -> tuple[state_lib.TrainState, state_lib.Batch]:
     """The state and the batch of the step, as shapes with shardings."""
     shape, place = (config.data.batch_size, config.data.seq_length), partition.batch_sharding(mesh)
-    dtypes: dict[str, Any] = dict.fromkeys(("inputs_BL", "targets_BL", "segment_ids_BL", "positions_BL"), jnp.int32)
-    dtypes["loss_mask_BL"] = jnp.bool_
-    if config.model.has_experts and config.model.moe.router == "label":
-        dtypes["labels_BL"] = jnp.int32
-    batch: Any = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
+    if config.model.has_encoder:
+        lengths = {"L": shape[1], "M": corruption.row_lengths(config.data)[1]}
+        dtypes: dict[str, Any] = dict.fromkeys(("encoder_inputs_BL", "decoder_inputs_BM", "targets_BM"), jnp.int32)
+        dtypes |= {"encoder_mask_BL": jnp.bool_, "loss_mask_BM": jnp.bool_}
+    else:
+        lengths = {"L": shape[1]}
+        dtypes = dict.fromkeys(("inputs_BL", "targets_BL", "segment_ids_BL", "positions_BL"), jnp.int32)
+        dtypes["loss_mask_BL"] = jnp.bool_
+        if config.model.has_experts and config.model.moe.router == "label":
+            dtypes["labels_BL"] = jnp.int32
+    batch: Any = {
+        name: jax.ShapeDtypeStruct((shape[0], lengths[name[-1]]), dtype, sharding=place)
+        for name, dtype in dtypes.items()
+    }
     return state_lib.abstract(config, mesh), batch
 
 

@@ -1,6 +1,6 @@
 """A config's model in small: the same kinds of layers, router and experts, quick to compile; and a batch for it.
 
-B batch, L sequence.
+B batch, L sequence; of an encoder-decoder, L of the encoder and M of the decoder.
 """
 
 import copy
@@ -12,6 +12,7 @@ import numpy as np
 
 from moejax import config as config_lib
 from moejax.config import plain
+from moejax.data import corruption
 from moejax.rules import checks
 from moejax.rules import model as model_rules
 
@@ -47,9 +48,11 @@ def reduce(config: config_lib.Config, named: Collection[str], num_devices: int) 
     def at_most(path: str, size: int) -> None:
         change(path, min(checks.get(small, path), size))
 
-    for part in ("prefix", "period", "suffix"):
+    for part in ("prefix", "period", "suffix", "encoder_period"):
         change(f"model.{part}", tuple(dict.fromkeys(getattr(model, part))))  # each kind once, in order
     at_most("model.num_periods", 2)
+    at_most("model.num_encoder_periods", 2)
+    at_most("model.attention.d_head", 4)
     at_most("model.vocab_size", up(64))
     at_most("model.mamba.d_state", 4)
     at_most("model.mamba.dt_rank", 2)
@@ -73,6 +76,7 @@ def reduce(config: config_lib.Config, named: Collection[str], num_devices: int) 
     if "model.d_model" not in named:
         _narrow(model, "model.mamba2.d_head" in named, up(16), num_devices)
     model_rules.validate(model)
+    model_rules.validate_objective(small)
     model_rules.validate_causal(small)
     return small
 
@@ -115,13 +119,19 @@ def batch(config: config_lib.Config) -> dict[str, np.ndarray]:
     Inside a row, or a group of rows, no token comes twice while the vocabulary lasts: two tokens that are alike would
     tie in a router that compares tokens, and rounding would choose between them.
     """
-    rng = np.random.default_rng(config.data.seed)
+    rng, vocab = np.random.default_rng(config.data.seed), config.model.vocab_size
     shape = (config.data.batch_size, config.data.seq_length)
-    num_tokens, vocab = math.prod(shape), config.model.vocab_size
-    shuffled = [rng.permutation(vocab) for _ in range(math.ceil(num_tokens / vocab))]
-    inputs_BL = np.concatenate(shuffled)[:num_tokens].reshape(shape)
-    length_B1 = rng.integers(max(1, 3 * shape[1] // 4), shape[1] + 1, size=(shape[0], 1))
-    length_B1[1:][-1:] = 0
+    inputs_BL, length_B1 = _inputs(rng, shape, vocab)
+    if config.model.has_encoder:
+        shape = (shape[0], corruption.row_lengths(config.data)[1])
+        decoder_inputs_BM, decoder_length_B1 = _inputs(rng, shape, vocab)
+        return {
+            "encoder_inputs_BL": inputs_BL,
+            "encoder_mask_BL": np.arange(inputs_BL.shape[1]) < length_B1,
+            "decoder_inputs_BM": decoder_inputs_BM,
+            "targets_BM": rng.integers(0, vocab, size=shape, dtype=np.int32),
+            "loss_mask_BM": np.arange(shape[1]) < decoder_length_B1,
+        }
     place_BL = np.broadcast_to(np.arange(shape[1]), shape)
     starts_BL = rng.random(shape) < 3 / shape[1]  # three more documents a row or so
     starts_BL[:, 0] = True
@@ -139,3 +149,12 @@ def batch(config: config_lib.Config) -> dict[str, np.ndarray]:
     }
     mask_BL = valid_BL & np.roll(~starts_BL, -1, axis=1)  # the last token of a document predicts nothing
     return {name: array.astype(np.int32) for name, array in arrays.items()} | {"loss_mask_BL": mask_BL}
+
+
+def _inputs(rng: np.random.Generator, shape: tuple[int, int], vocab: int) -> tuple[np.ndarray, np.ndarray]:
+    """(int32 token ids, length_B1 of rows before their padding)."""
+    num_tokens = math.prod(shape)
+    shuffled = [rng.permutation(vocab) for _ in range(math.ceil(num_tokens / vocab))]
+    length_B1 = rng.integers(max(1, 3 * shape[1] // 4), shape[1] + 1, size=(shape[0], 1))
+    length_B1[1:][-1:] = 0
+    return np.concatenate(shuffled)[:num_tokens].reshape(shape).astype(np.int32), length_B1

@@ -60,9 +60,9 @@ def load(workdir: pathlib.Path) -> Run:
 def evaluate_run(run: Run) -> dict[str, Any]:
     """The loss on the whole held-out split, with baselines of the same split; also written to eval.json.
 
-    Keys: step, loss (nats a token), perplexity, bits_per_byte, tokens, documents, baselines (uniform, unigram, bigram;
-    nats a token), and for MoE models dropped (share of the routed choices) and routing (what each expert takes; see
-    `specialisation.Choices.summary`).
+    Keys: step, loss (nats a token), perplexity, bits_per_byte (None of an encoder-decoder), tokens, documents,
+    baselines (uniform, unigram, bigram; nats a token), and for MoE models dropped (share of the routed choices) and
+    routing (what each expert takes; see `specialisation.Choices.summary`).
     """
     config, tokenizer = run.config, run.tokenizer
     data = pipeline.load(config.data, tokenizer)
@@ -70,12 +70,14 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     batches = pipeline.validation_batches(data, config.data)
     choices = specialisation.Choices()
     result = evaluate.evaluate(run.model, choices.watch(evaluate.make_eval_step(run.mesh)), batches, run.mesh)
-    of_split = baselines.compute(data.train, pipeline.validation_packer(data, config.data), tokenizer.vocab_size)
+    held_out = pipeline.validation_packer(data, config.data)
+    of_split = baselines.compute(data.train, held_out, data.objective, tokenizer.vocab_size)
+    is_whole = not config.model.has_encoder  # an encoder-decoder predicts a part of the text
     summary = {
         "step": run.step,
         "loss": result["loss"],
         "perplexity": math.exp(min(result["loss"], 700.0)),
-        "bits_per_byte": data.validation.bits_per_byte(result["loss"]),
+        "bits_per_byte": data.validation.bits_per_byte(result["loss"]) if is_whole else None,
         "tokens": int(result["tokens"]),
         "documents": len(data.validation),
         "baselines": dataclasses.asdict(of_split),

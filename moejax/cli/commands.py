@@ -42,9 +42,10 @@ def evaluate(arguments: argparse.Namespace, _: list[str]) -> int:
     if arguments.json:
         print(json.dumps(summary))
         return 0
+    by_byte = summary["bits_per_byte"]
     print(
         f"step {summary['step']}: validation loss {summary['loss']:.4f} nats/token, perplexity "
-        f"{summary['perplexity']:.2f}, {summary['bits_per_byte']:.4f} bits/byte "
+        f"{summary['perplexity']:.2f}{'' if by_byte is None else f', {by_byte:.4f} bits/byte'} "
         f"({summary['documents']:,} documents, {summary['tokens']:,} tokens)"
     )
     baselines = ", ".join(f"{name} {nats:.4f}" for name, nats in summary["baselines"].items())

@@ -287,7 +287,8 @@ class DataConfig:
     validation_source: str = ""  # held-out documents; "" = the source's own split, else a part of source
     validation_fraction: float = 0.05  # that part: a share of the documents, chosen by a hash of the text
     validation_documents: int = 4096  # held-out documents used at most, the first ones; 0 = all
-    text_field: str = "text"  # the field of a record that holds the text
+    text_field: str = "text"  # the field of a record that holds the text; objective=text_to_text: the input
+    target_field: str = ""  # objective=text_to_text: the field that holds the target
     label: str = ""  # a document's label: field:NAME of its record, folder (of its file); "" = the corpus's own, if any
     labels: tuple[str, ...] = ()  # the labels there are, in order; () = those of the training documents, sorted
     tfds_dir: str = ""  # where tfds: looks; "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
@@ -297,10 +298,11 @@ class DataConfig:
     vocab_size: int = 4096
     packing: str = "best_fit"  # best_fit (whole documents), concatenate, sample (MoE-Mamba), pad (a document a row)
     isolate_documents: bool = True  # documents of a row do not see one another (convolution, state, attention)
-    objective: str = "next_token"  # next_token, span_corruption (T5; for encoder-decoder models)
+    objective: str = "next_token"  # next_token; for encoder-decoder models span_corruption (T5), text_to_text
     noise_density: float = 0.15  # objective=span_corruption: share of the tokens that is replaced
     mean_span_length: float = 3.0  # objective=span_corruption: tokens a replaced span
-    seq_length: int = 256  # L, tokens a row; objective=span_corruption: of the encoder
+    seq_length: int = 256  # L, tokens a row; of an encoder-decoder, of the encoder
+    target_length: int = 0  # objective=text_to_text: M, tokens of the decoder; 0 = seq_length
     batch_size: int = 16  # rows a step, over all devices
     seed: int = 42
     num_workers: int = 0  # Grain worker processes; 0 = threads in this process
@@ -345,6 +347,7 @@ class TrainingConfig:
 
     num_steps: int = 1000
     seed: int = 0  # of the parameters at initialisation
+    init_from: str = ""  # folder of a run whose newest parameters, and tokenizer, this one starts from (fine-tuning)
     num_microbatches: int = 1  # a batch is run in this many parts, one after another
     z_weight: float = 0.0  # of the mean square of the log of the vocabulary softmax's normaliser (T5X: 1e-4)
     ema_alpha: float = 0.001  # weight of the new loss in ema_loss (MoE-Mamba: 0.001)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from moejax import config as config_lib
-from moejax.convert import fields
+from moejax.convert import fields, weights
 from moejax.models import lm
 
 
@@ -103,8 +103,9 @@ def from_hf(family: Family, state_dict: Mapping[str, np.ndarray], config: config
       config: the model.
 
     Raises:
-      ConfigError: the config has a parameter that the family has not, or lacks one.
-      ValueError: a tensor is missing, unknown, or of the wrong shape or dtype.
+      ConfigError: the config has a parameter that the family has not, or lacks one; or a tensor is missing, or of the
+        wrong shape or dtype.
+      ValueError: a tensor is unknown, or a tied head is not the embedding.
     """
     model = jax.eval_shape(lambda: lm.Lm(config, rngs=nnx.Rngs(params=0)))
     parameters = _parameters(family, model)
@@ -115,7 +116,9 @@ def from_hf(family: Family, state_dict: Mapping[str, np.ndarray], config: config
         size = dict(zip(ours, parameters[path].shape, strict=True))
         shape = tuple(size.get(dim, 1) for dim in theirs)
         layers = [name.format(layer) for layer in range(size.get("P", 1))]
-        tensors = [_permute(_tensor(state_dict, layer, shape), theirs, ours.removeprefix("P")) for layer in layers]
+        tensors = [
+            _permute(weights.tensor(state_dict, layer, shape), theirs, ours.removeprefix("P")) for layer in layers
+        ]
         values[path] = jnp.array(np.stack(tensors) if "P" in size else tensors[0], jnp.float32)
         known.update(layers)
     if config.tie_embeddings and "lm_head.weight" in state_dict:
@@ -128,9 +131,7 @@ def from_hf(family: Family, state_dict: Mapping[str, np.ndarray], config: config
         if name not in known:
             raise ValueError(f"{name} has no place in the model ({config.num_periods} layers); leave it out")
 
-    return jax.tree_util.tree_map_with_path(
-        lambda path, parameter: parameter.replace(values[_dotted(path)]), model, is_leaf=_is_variable
-    )
+    return weights.replace(model, values)
 
 
 def to_hf(family: Family, model: lm.Lm) -> dict[str, np.ndarray]:
@@ -161,18 +162,9 @@ def _permute(x: np.ndarray, source: str, target: str) -> np.ndarray:
     return np.expand_dims(x, ones[1])
 
 
-def _is_variable(node: Any) -> bool:
-    return isinstance(node, nnx.Variable)
-
-
-def _dotted(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
 def _parameters(family: Family, model: lm.Lm) -> dict[str, nnx.Variable]:
     """Every parameter by its path; refuses a model of another shape than the family's."""
-    leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_variable)
-    parameters = {_dotted(path): variable for path, variable in leaves}
+    parameters = weights.parameters(model)
     wanted = {path for _, _, path, _ in family.rows()}
     for path in sorted((parameters.keys() ^ wanted) - {"head"}):
         raise config_lib.ConfigError(
@@ -181,16 +173,3 @@ def _parameters(family: Family, model: lm.Lm) -> dict[str, nnx.Variable]:
             "model.final_norm=True"
         )
     return parameters
-
-
-def _tensor(state_dict: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    if name not in state_dict:
-        raise ValueError(f"{name} is missing, of shape {shape}; add it, or mend the config that asks for it")
-    tensor = state_dict[name]
-    if not isinstance(tensor, np.ndarray):
-        raise ValueError(f"{name} is a {type(tensor).__name__}, not a numpy array; convert it")
-    if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {tensor.shape}, but the config makes it {shape}; mend one of them")
-    if not (jnp.issubdtype(tensor.dtype, jnp.floating) and np.can_cast(tensor.dtype, np.float32)):
-        raise ValueError(f"{name} has dtype {tensor.dtype}, which float32 does not hold exactly; cast it to float32")
-    return tensor

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from moejax import config as config_lib
-from moejax.convert import fields
+from moejax.convert import fields, weights
 from moejax.layers import moe
 
 
@@ -160,7 +160,7 @@ def from_hf(
     """
     theirs = _family(family)
     _check_config(family, config)
-    d_model = _tensor(tensors, theirs.weight, (config.num_experts, None)).shape[1]
+    d_model = weights.tensor(tensors, theirs.weight, (config.num_experts, None)).shape[1]
     layer = jax.eval_shape(
         lambda: moe.Moe(d_model, config, init_scale=1.0, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(params=0))
     )
@@ -168,22 +168,19 @@ def from_hf(
     places = single if (single.keys() - fused.keys()) & tensors.keys() else fused
 
     values = {
-        path: _merge(variable, np.zeros(variable.shape, np.float32)) for path, variable in _variables(layer).items()
+        path: _merge(variable, np.zeros(variable.shape, np.float32))
+        for path, variable in weights.parameters(layer).items()
     }
     values = {path: _swap(value) for path, value in values.items()}
     for name, (path, index) in places.items():
         part = values[path][index]
-        part[...] = _tensor(tensors, name, part.shape)
+        part[...] = weights.tensor(tensors, name, part.shape)
     for name in tensors:
         if name not in places:
             raise config_lib.ConfigError(
                 f"{name} has no place in a layer of {family} ({config.num_experts} experts); leave it out"
             )
-    return jax.tree_util.tree_map_with_path(
-        lambda path, variable: variable.replace(jnp.array(_swap(values[_dotted(path)])).reshape(variable.shape)),
-        layer,
-        is_leaf=_is_variable,
-    )
+    return weights.replace(layer, {path: _swap(value) for path, value in values.items()})
 
 
 def to_hf(family: str, layer: moe.Moe, *, per_expert: bool = False) -> dict[str, np.ndarray]:
@@ -200,11 +197,11 @@ def to_hf(family: str, layer: moe.Moe, *, per_expert: bool = False) -> dict[str,
       ConfigError: the layer is not one of the family, or is a stack.
     """
     _check_config(family, layer.config)
-    if _variables(layer)["router.weight"].ndim != 2:
+    if weights.parameters(layer)["router.weight"].ndim != 2:
         raise config_lib.ConfigError(
             "the layer is a stack of layers; pass one, jax.tree.map(lambda leaf: leaf[i], layers)"
         )
-    values = {path: _swap(_merge(variable, variable[...])) for path, variable in _variables(layer).items()}
+    values = {path: _swap(_merge(variable, variable[...])) for path, variable in weights.parameters(layer).items()}
     places = _places(_family(family), layer.config, per_expert=per_expert)
     return {name: np.array(values[path][index], order="C") for name, (path, index) in places.items()}
 
@@ -333,38 +330,3 @@ def _check_config(family: str, config: config_lib.MoeConfig) -> None:
             f"num_shared_experts={config.num_shared_experts} is not one of {family}; "
             f"set it to {'1 or more' if theirs.shared else '0'}"
         )
-
-
-def _is_variable(node: Any) -> bool:
-    return isinstance(node, nnx.Variable)
-
-
-def _dotted(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-def _variables(layer: moe.Moe) -> dict[str, nnx.Variable]:
-    leaves = jax.tree_util.tree_leaves_with_path(layer, is_leaf=_is_variable)
-    return {_dotted(path): variable for path, variable in leaves}
-
-
-def _tensor(tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int | None, ...]) -> np.ndarray:
-    """None in a shape is any size."""
-    sizes = str(shape).replace("None", "d_model")
-    if name not in tensors:
-        raise config_lib.ConfigError(
-            f"{name} is missing, of shape {sizes}; add it, or mend the config that asks for it"
-        )
-    tensor = tensors[name]
-    if not isinstance(tensor, np.ndarray):
-        raise config_lib.ConfigError(f"{name} is a {type(tensor).__name__}, not a numpy array; convert it")
-    fits = tensor.ndim == len(shape) and all(b in (a, None) for a, b in zip(tensor.shape, shape, strict=True))
-    if not fits:
-        raise config_lib.ConfigError(
-            f"{name} has shape {tensor.shape}, but it must have {sizes}; mend it or the config"
-        )
-    if not (jnp.issubdtype(tensor.dtype, jnp.floating) and np.can_cast(tensor.dtype, np.float32)):
-        raise config_lib.ConfigError(
-            f"{name} has dtype {tensor.dtype}, which float32 does not hold exactly; cast it to float32"
-        )
-    return tensor

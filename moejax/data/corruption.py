@@ -93,7 +93,9 @@ def raw_length(inputs_length: int, noise_density: float, mean_span_length: float
 
 
 def row_lengths(config: config_lib.DataConfig) -> tuple[int, int]:
-    """(L, M): slots of the encoder and of the decoder."""
+    """(L, M): slots of the encoder and of the decoder, for either objective that has both."""
+    if config.objective == "text_to_text":
+        return config.seq_length, config.target_length or config.seq_length
     return config.seq_length, raw_length(config.seq_length, config.noise_density, config.mean_span_length)[1]
 
 
@@ -212,45 +214,78 @@ def row(
       mean_span_length: see `counts`.
       first_sentinel: see `corrupt`.
       num_sentinels: see `corrupt`.
-      end_of_text: the id of EOS, which ends inputs and targets.
-      pad: the id that fills up, and with which the decoder starts; it may be an ordinary id, as the masks say what
-        is padding.
+      end_of_text: see `slots`.
+      pad: see `slots`.
       seed: see `noise_mask`.
       row: see `noise_mask`.
 
     Returns:
-      encoder_inputs_L int32: corrupted tokens and EOS.
-      encoder_mask_L bool: True for those, False for padding.
-      decoder_inputs_M int32: targets_M one slot later, after `pad`.
-      targets_M int32: the spans, each after its sentinel, and EOS.
-      loss_mask_M bool: True but for padding.
+      The arrays of `slots`: the inputs are corrupted tokens, the targets the spans, each after its sentinel.
 
     Raises:
       config.ConfigError: see `counts` and `corrupt`.
       ValueError: inputs or targets do not fit.
     """
-    encoder_inputs_L = np.full(inputs_length, pad, np.int32)
-    targets_M = np.full(targets_length, pad, np.int32)
-    num_inputs = num_targets = 0
+    inputs = targets = None
     if len(tokens_N):
         mask_N = noise_mask(len(tokens_N), noise_density, mean_span_length, seed, row)
         inputs, targets = corrupt(tokens_N, mask_N, first_sentinel, num_sentinels)
-        num_inputs, num_targets = len(inputs) + 1, len(targets) + 1
-        if num_inputs > inputs_length or num_targets > targets_length:
+        if len(inputs) >= inputs_length or len(targets) >= targets_length:
             raise ValueError(
-                f"{len(tokens_N)} raw tokens become {num_inputs} inputs and {num_targets} targets with EOS, more than "
-                f"inputs_length={inputs_length} or targets_length={targets_length}; take both lengths from raw_length"
+                f"{len(tokens_N)} raw tokens become {len(inputs) + 1} inputs and {len(targets) + 1} targets with EOS, "
+                f"more than inputs_length={inputs_length} or targets_length={targets_length}; take both lengths from "
+                "raw_length"
             )
-        encoder_inputs_L[: num_inputs - 1] = inputs
-        encoder_inputs_L[num_inputs - 1] = end_of_text
-        targets_M[: num_targets - 1] = targets
-        targets_M[num_targets - 1] = end_of_text
+    return slots(
+        inputs,
+        targets,
+        inputs_length=inputs_length,
+        targets_length=targets_length,
+        end_of_text=end_of_text,
+        pad=pad,
+    )
+
+
+def slots(
+    inputs: np.ndarray | None,
+    targets: np.ndarray | None,
+    *,
+    inputs_length: int,
+    targets_length: int,
+    end_of_text: int,
+    pad: int,
+) -> dict[str, np.ndarray]:
+    """The arrays of one example for an encoder-decoder.
+
+    Args:
+      inputs: tokens of the encoder without EOS, fewer than inputs_length. None: a row of padding.
+      targets: tokens of the decoder without EOS, fewer than targets_length; None as above.
+      inputs_length: L.
+      targets_length: M.
+      end_of_text: the id of EOS, which ends inputs and targets.
+      pad: the id that fills up, and with which the decoder starts; it may be an ordinary id, as the masks say what
+        is padding.
+
+    Returns:
+      encoder_inputs_L int32: inputs and EOS.
+      encoder_mask_L bool: True for those, False for padding.
+      decoder_inputs_M int32: targets_M one slot later, after `pad`.
+      targets_M int32: targets and EOS.
+      loss_mask_M bool: True but for padding.
+    """
+    encoder_inputs_L, targets_M = np.full(inputs_length, pad, np.int32), np.full(targets_length, pad, np.int32)
+    counts = []
+    for slots, tokens in ((encoder_inputs_L, inputs), (targets_M, targets)):
+        if tokens is not None:
+            slots[: len(tokens)] = tokens
+            slots[len(tokens)] = end_of_text
+        counts.append(0 if tokens is None else len(tokens) + 1)
     decoder_inputs_M = np.full(targets_length, pad, np.int32)
     decoder_inputs_M[1:] = targets_M[:-1]
     return {
         "encoder_inputs_L": encoder_inputs_L,
-        "encoder_mask_L": np.arange(inputs_length) < num_inputs,
+        "encoder_mask_L": np.arange(inputs_length) < counts[0],
         "decoder_inputs_M": decoder_inputs_M,
         "targets_M": targets_M,
-        "loss_mask_M": np.arange(targets_length) < num_targets,
+        "loss_mask_M": np.arange(targets_length) < counts[1],
     }

@@ -67,8 +67,11 @@ def summarise(data: pipeline.Data, config: config_lib.DataConfig) -> Summary:
     lengths = np.array([len(tokens) for tokens in looked_at])
     texts = [hashlib.blake2b(tokens.tobytes(), digest_size=16).digest() for tokens in looked_at if len(tokens)]
     positive = lengths[lengths > 0]
-    units = positive + data.objective.overlap
-    beyond = np.maximum(units - data.objective.num_units, 0).sum() if isinstance(data.train, packing.Pad) else 0
+    units, beyond = positive + data.objective.overlap, 0
+    if isinstance(data.train, packing.Pad):
+        most = data.objective.num_units
+        kept = [len(data.objective.whole(tokens)) - data.objective.overlap for tokens in looked_at if len(tokens)]
+        beyond = units.sum() - np.minimum(kept, most).sum()
     bins = np.bincount(np.log2(positive).astype(int)) if len(positive) else np.zeros(0, int)
     return Summary(
         rows=num_rows,

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from moejax import config as config_lib
-from moejax.data import corruption, randomness
+from moejax.data import corruption, pairs, randomness
 
 MAX_BLANK = 4096  # blank documents that `Sample` draws for a row before it gives up
 
@@ -162,7 +162,7 @@ class SpanCorruption:
         )
 
 
-Objective = NextToken | SpanCorruption
+Objective = NextToken | SpanCorruption | pairs.TextToText
 
 
 def batch(rows: Sequence[Arrays]) -> Arrays:

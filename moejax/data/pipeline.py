@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from moejax import config as config_lib
-from moejax.data import cache, corpora, corruption, documents, packing, prepared, randomness, sources, tokenizers
+from moejax.data import cache, corpora, documents, objectives, packing, pairs, prepared, randomness, sources, tokenizers
 from moejax.data import labels as labels_lib
 
 Batch = packing.Arrays
@@ -42,6 +42,7 @@ class Data:
     num_documents: int  # to train on
     num_tokens: int | None  # of them, their ends included; None where nobody has counted
     num_left_out: int | None  # blank documents and entries that can't be read, of both sides; None: not counted
+    num_cut: int | None = 0  # pairs, of both sides, whose input is longer than the encoder; None: not counted
     labels: tuple[str, ...] = ()  # what documents are labelled with; () if they are not, or rows don't carry it
     train_labels: packing.LabelIds | None = None  # by document: place in labels; -1: not there; None: no labels
     validation_labels: packing.LabelIds | None = None
@@ -79,13 +80,14 @@ def load(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenizer | None =
     texts = open_texts(config)
     if tokenizer is None:
         tokenizer = tokenizers.build(config, texts.train)
-    objective = make_objective(config, tokenizer)
+    objective = objectives.make(config, tokenizer)
     validation = documents.tokenize(texts.validation, tokenizer)
     _require_documents(len(validation), "held-out", "data.validation_source or data.source")
+    num_cut = objectives.check(objective, validation)
     on_the_fly = config.packing in ("sample", "pad") and texts.train.num_bytes > ON_THE_FLY
     if on_the_fly:
         train: documents.OnTheFly | documents.InMemory = documents.OnTheFly(texts.train, tokenizer)
-        lengths = num_left_out = None
+        lengths = num_left_out = num_cut = None
         digest = cache.digest([texts.fingerprint, tokenizer.digest])
     else:
         _check_in_memory(
@@ -96,6 +98,7 @@ def load(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenizer | None =
         train = documents.tokenize(texts.train, tokenizer)
         _require_documents(len(train), "training", "data.source")
         lengths = train.lengths
+        num_cut += objectives.check(objective, train)
         num_left_out = texts.num_skipped + train.num_blank + validation.num_blank
         digest = documents.digest(train, validation)
     labels = labels_lib.load(config, (texts.train, train), (texts.validation, validation), MAX_IN_MEMORY)
@@ -108,6 +111,7 @@ def load(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenizer | None =
         num_documents=len(train),
         num_tokens=_num_targets(config, lengths),
         num_left_out=num_left_out,
+        num_cut=num_cut,
         labels=labels.names,
         train_labels=labels.train,
         validation_labels=labels.validation,
@@ -115,11 +119,14 @@ def load(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenizer | None =
 
 
 def _num_targets(config: config_lib.DataConfig, lengths: np.ndarray | None) -> int | None:
-    """Tokens and ends that an epoch reads; of documents longer than a row, packing=pad reads one row."""
+    """Tokens and ends that an epoch reads; of documents longer than a row, packing=pad reads one row.
+
+    Of pairs, those of inputs too, whole ones.
+    """
     if lengths is None:
         return None
-    targets = lengths.astype(np.int64) + 1
-    return int(np.minimum(targets, config.seq_length).sum() if config.packing == "pad" else targets.sum())
+    targets, is_cut = lengths.astype(np.int64) + 1, config.packing == "pad" and config.objective != "text_to_text"
+    return int(np.minimum(targets, config.seq_length).sum() if is_cut else targets.sum())
 
 
 def _require_documents(count: int, which: str, field: str) -> None:
@@ -130,7 +137,7 @@ def _require_documents(count: int, which: str, field: str) -> None:
 def _load_prepared(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenizer | None) -> Data:
     folder = prepared.open_folder(config.source.removeprefix("prepared:"))
     prepared.check_settings(folder, config, tokenizer)
-    objective = make_objective(config, folder.tokenizer)
+    objective = objectives.make(config, folder.tokenizer)
     for split in ("train", "validation"):
         _require_documents(folder.total(split, "documents"), split, "data.source")
     num_tokens: int | None = folder.total("train", "tokens") + folder.total("train", "documents")
@@ -211,6 +218,9 @@ def open_texts(config: config_lib.DataConfig) -> Texts:
 def _open_source(config: config_lib.DataConfig, spec: str, split: str = "train") -> sources.Source:
     if spec in config_lib.CORPORA:
         return corpora.load(spec)
+    if config.objective == "text_to_text":
+        fields = {"text_field": config.text_field, "target_field": config.target_field}
+        return pairs.open_source(spec, split=split, tfds_dir=config.tfds_dir, **fields)
     return sources.open_source(
         spec, split=split, text_field=config.text_field, label=config.label, tfds_dir=config.tfds_dir
     )
@@ -225,37 +235,6 @@ def _check_in_memory(source: sources.Source, why: str, remedy: str) -> None:
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
-
-
-def make_objective(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenizer) -> packing.Objective:
-    """What a row is made into."""
-    if config.objective == "next_token":
-        return packing.NextToken(
-            row_length=config.seq_length, end_of_text=tokenizer.end_of_text, isolate=config.isolate_documents
-        )
-    if not tokenizer.num_sentinels:
-        raise config_lib.ConfigError(
-            f"data.objective={config.objective} needs sentinel tokens, and data.tokenizer={config.tokenizer} has none; "
-            "use bpe, bytes or a T5 vocabulary, sentencepiece:FILE"
-        )
-    objective = packing.SpanCorruption(
-        inputs_length=config.seq_length,
-        noise_density=config.noise_density,
-        mean_span_length=config.mean_span_length,
-        first_sentinel=tokenizer.first_sentinel,
-        num_sentinels=tokenizer.num_sentinels,
-        end_of_text=tokenizer.end_of_text,
-        pad=tokenizer.pad,
-        seed=config.seed,
-    )
-    num_spans = corruption.counts(objective.num_units, config.noise_density, config.mean_span_length)[1]
-    if num_spans > tokenizer.num_sentinels:
-        raise config_lib.ConfigError(
-            f"data.seq_length={config.seq_length} gives rows of {num_spans} spans, and "
-            f"data.tokenizer={config.tokenizer} has {tokenizer.num_sentinels} sentinels; "
-            "raise data.mean_span_length or lower data.seq_length"
-        )
-    return objective
 
 
 def make_packer(

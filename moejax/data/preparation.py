@@ -22,7 +22,7 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 
 from moejax import config as config_lib
 from moejax import files
-from moejax.data import packing, pipeline, prepared, sources, tokenizers
+from moejax.data import objectives, packing, pipeline, prepared, sources, tokenizers
 
 PLAN = "plan.json"
 SHARD_BYTES = 2**28  # of source files a shard, where the number of shards is not given
@@ -68,6 +68,11 @@ def prepare(
         raise config_lib.ConfigError(
             "--form=rows cannot hold data.packing=sample, whose rows have no end; use --form=documents"
         )
+    if config.objective == "text_to_text":
+        raise config_lib.ConfigError(
+            "data.objective=text_to_text is not for prepared folders, which hold a text a record; train on the files "
+            "themselves"
+        )
     if config.label or config.labels:
         raise config_lib.ConfigError(
             f"data.{'label' if config.label else 'labels'} is set and a prepared folder holds no labels; leave it "
@@ -81,7 +86,7 @@ def prepare(
         )
     tokenizer = tokenizers.build(config, texts.train)
     if form == "rows":
-        pipeline.make_objective(config, tokenizer)  # refuses what can't be before anything is written
+        objectives.make(config, tokenizer)  # refuses what can't be before anything is written
     plan = _plan(config, texts, tokenizer, form, num_shards)
     _begin(folder, plan, tokenizer)
 
@@ -283,7 +288,7 @@ def _pack(
 ) -> Iterator[packing.Streams]:
     lengths = np.array([len(tokens) for tokens in tokenised], np.int64)
     order = pipeline.shuffled(config.seed, shard, len(tokenised))
-    packer = pipeline.make_packer(config, tokenised, lengths, pipeline.make_objective(config, tokenizer), order)
+    packer = pipeline.make_packer(config, tokenised, lengths, objectives.make(config, tokenizer), order)
     assert packer.num_rows is not None
     for row in range(packer.num_rows):
         yield from packer.read([row])

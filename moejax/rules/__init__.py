@@ -12,6 +12,7 @@ def validate(config: config_lib.Config) -> None:
     checks.types(config)
     model.validate(config.model)
     run.validate_data(config)
+    run.validate_pairs(config)
     model.validate_objective(config)
     model.validate_causal(config)
     run.validate_labels(config)

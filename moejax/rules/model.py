@@ -161,12 +161,12 @@ def _validate_mamba(kind: str, config: config_lib.Config) -> None:
 def validate_objective(config: config_lib.Config) -> None:
     """Whether the model is one for what data.objective makes of documents."""
     model, data = config.model, config.data
-    encoder_decoder = data.objective == "span_corruption"
+    encoder_decoder = data.objective != "next_token"
     require(
         not (model.has_encoder and not encoder_decoder),
         f"model.encoder_period={model.encoder_period} makes an encoder-decoder, and data.objective={data.objective} "
-        "has rows for a decoder alone; set data.objective=span_corruption, or model.encoder_period=() and "
-        "model.num_encoder_periods=0",
+        "has rows for a decoder alone; set data.objective=span_corruption or text_to_text, or model.encoder_period=() "
+        "and model.num_encoder_periods=0",
     )
     require(
         not encoder_decoder or model.has_encoder or not model.causal,

@@ -50,7 +50,7 @@ def validate_data(config: config_lib.Config) -> None:
         not data.end_of_text or kind == "hf",
         f"data.end_of_text={data.end_of_text} has no effect with data.tokenizer={data.tokenizer}; leave it empty",
     )
-    one_of("data.objective", data.objective, ("next_token", "span_corruption"))
+    one_of("data.objective", data.objective, ("next_token", "span_corruption", "text_to_text"))
     one_of("data.packing", data.packing, ("best_fit", "concatenate", "sample", "pad"))
     at_least(config, 2, "data.seq_length")
     at_least(config, 1, "data.batch_size")
@@ -73,6 +73,34 @@ def validate_data(config: config_lib.Config) -> None:
         config.model.vocab_size >= size,
         f"model.vocab_size={config.model.vocab_size} is below the {size} tokens of data.tokenizer={data.tokenizer}; "
         f"set it to {size} or more",
+    )
+
+
+def validate_pairs(config: config_lib.Config) -> None:
+    """What data.objective=text_to_text needs, and no other reads."""
+    data = config.data
+    if data.objective != "text_to_text":
+        unused(config, f"data.objective={data.objective}", "data.target_field", "data.target_length")
+        return
+    for path, source in (("data.source", data.source), ("data.validation_source", data.validation_source)):
+        require(
+            not source or source.partition(":")[0] in ("files", "tfds"),
+            f"{path}={source} has no pairs of texts for data.objective=text_to_text; use files: or tfds: with records "
+            "of two fields",
+        )
+    require(
+        data.target_field not in ("", data.text_field),
+        f"data.target_field={data.target_field} must name the field of the target, and data.text_field is "
+        f"{data.text_field}, that of the input; change one of them",
+    )
+    require(
+        data.packing == "pad",
+        f"data.packing={data.packing} is for rows of several documents, and data.objective=text_to_text has a pair a "
+        "row; set data.packing=pad",
+    )
+    require(
+        data.target_length == 0 or data.target_length >= 2,
+        f"data.target_length={data.target_length} must be 2 or more (a token and EOS), or 0 for data.seq_length",
     )
 
 

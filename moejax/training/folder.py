@@ -20,14 +20,14 @@ FILE_APPEARS = 60  # seconds until another host sees a new file: NFS remembers f
 
 # What a run may change when it goes on; anything else would make another model, or other rows in another order.
 # Documents may move to another place: `check_corpus` sees whether they are the same.
-_FREE_ON_RESUME = (
+FREE_ON_RESUME = (
     *("training.", "checkpoint.", "mesh.", "optimizer."),
     *("model.mamba.scan", "model.mamba.chunk_size", "model.mamba2.scan", "model.mamba2.chunk_size"),
     *("model.moe.exchange", "model.moe.num_chunks", "model.moe.grouped_matmul"),
     *("data.num_workers", "data.source", "data.validation_source", "data.tfds_dir"),
 )
-# The seed has drawn the parameters; the others say of what arrays the optimizer's state is.
-_NEVER_FREE = ("training.seed", "optimizer.name", "optimizer.adafactor.min_factored_dim")
+# The first two are where the parameters come from; the others say of what arrays the optimizer's state is.
+_NEVER_FREE = ("training.seed", "training.init_from", "optimizer.name", "optimizer.adafactor.min_factored_dim")
 
 
 def describe(config: config_lib.Config, data: pipeline.Data, workdir: pathlib.Path) -> None:
@@ -79,7 +79,7 @@ def check(config: config_lib.Config, workdir: pathlib.Path) -> list[str]:
 
 def blocks_resume(path: str) -> bool:
     """Whether a run cannot go on after this field of its config has changed."""
-    return path in _NEVER_FREE or not path.startswith(_FREE_ON_RESUME)
+    return path in _NEVER_FREE or not path.startswith(FREE_ON_RESUME)
 
 
 def check_corpus(data: pipeline.Data, workdir: pathlib.Path) -> None:
@@ -107,8 +107,8 @@ def has_checkpoints(workdir: pathlib.Path) -> bool:
     return folder.is_dir() and any(entry.name.isdigit() for entry in folder.iterdir())
 
 
-def load_config(workdir: pathlib.Path) -> config_lib.Config:
-    """The config that a run has written into its folder."""
+def load_config(workdir: pathlib.Path, setting: str = "--workdir") -> config_lib.Config:
+    """The config that a run has written into its folder, which the user names by `setting`."""
     path = workdir / CONFIG_FILE
     try:
         config = plain.from_dict(files.read_json(path))
@@ -116,7 +116,7 @@ def load_config(workdir: pathlib.Path) -> config_lib.Config:
         return config
     except FileNotFoundError:
         raise config_lib.ConfigError(
-            f"--workdir={workdir} holds no config.json; name the folder of a run of moejax train"
+            f"{setting}={workdir} holds no config.json; name the folder of a run of moejax train"
         ) from None
 
 

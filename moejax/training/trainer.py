@@ -18,7 +18,7 @@ from moejax import partition
 from moejax.data import pipeline
 from moejax.models import model as model_lib
 from moejax.rules import model as model_rules
-from moejax.training import checkpoint, evaluate, folder, metrics, processes, tables
+from moejax.training import checkpoint, evaluate, folder, initial, metrics, processes
 from moejax.training import probe as probe_lib
 from moejax.training import state as state_lib
 
@@ -82,9 +82,10 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
     mesh = partition.make_mesh(config.mesh)
     partition.check_batch(config, mesh)
     partition.check_platform(config, mesh)
-    table_V = None if folder.has_checkpoints(workdir) else tables.read(config)  # a checkpoint has the table
+    if not folder.has_checkpoints(workdir):
+        initial.check(config)
     abstract = state_lib.abstract(config, mesh)
-    data = pipeline.load(config.data, folder.load_tokenizer(workdir))
+    data = pipeline.load(config.data, initial.tokenizer(config, workdir))
     folder.check_vocabulary(config, data.tokenizer)
     folder.check_corpus(data, workdir)
     metrics.say(describe(config, data))
@@ -97,8 +98,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint)
     restored = checkpoints.restore(abstract, on_corrupt=folder.report_corrupt(workdir))
     if restored is None:
-        state, start = state_lib.create(config, mesh), 0
-        tables.fill(state.model, tables.balanced(config, data) if table_V is None else table_V)
+        state, start = initial.create(config, mesh, data), 0
     else:
         state, start = restored
         metrics.say(f"resuming from step {start} in {workdir}{''.join(f', {change}' for change in changed)}")
@@ -233,10 +233,16 @@ class RowLog:
 
 
 def notes(config: config_lib.Config, data: pipeline.Data) -> list[str]:
-    """What a user should know of the router before the run, a line each."""
+    """What a user should know of the pairs and the router before the run, a line each."""
+    found = []
+    if data.num_cut:
+        found.append(
+            f"note: {data.num_cut:,} inputs with EOS are longer than data.seq_length={config.data.seq_length}; what is "
+            "beyond is not read"
+        )
     if not config.model.has_experts:
-        return []
-    c, found = config.model.moe, []
+        return found
+    c = config.model.moe
     is_dropless = c.is_dropless(1.0, full_capacity=1.0)  # where the factor would drop something
     if is_dropless and (c.capacity_factor or c.eval_capacity_factor):
         found.append(f"note: router={c.router} drops no token here; model.moe.capacity_factor does not apply")

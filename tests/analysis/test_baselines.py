@@ -10,13 +10,17 @@ import pytest
 
 from moejax.analysis import baselines
 from moejax.data import packing
+from moejax.data import pairs as pairs_lib
+
+
+def objective(eot):
+    return packing.NextToken(row_length=16, end_of_text=eot, isolate=True)
 
 
 def rows_of(eot, *documents):
     """The documents packed into rows."""
     tokens = [np.array(document, np.int32) for document in documents]
-    objective = packing.NextToken(row_length=16, end_of_text=eot, isolate=True)
-    return packing.BestFit.make(tokens, np.array([len(t) for t in tokens]), np.arange(len(tokens)), objective)
+    return packing.BestFit.make(tokens, np.array([len(t) for t in tokens]), np.arange(len(tokens)), objective(eot))
 
 
 def random_documents(count, vocab_size, seed):
@@ -89,14 +93,14 @@ def test_degenerate_corpora_still_give_every_token_a_probability(documents):
     p_VV = table(pairs_of(documents, eot=5), 6)
     np.testing.assert_allclose(p_VV.sum(axis=1), 1, rtol=1e-12)
     assert p_VV.min() > 0
-    losses = baselines.compute(rows_of(5, *documents), rows_of(5, [4, 3], [0]), 6)
+    losses = baselines.compute(rows_of(5, *documents), rows_of(5, [4, 3], [0]), objective(5), 6)
     assert all(math.isfinite(loss) for loss in (losses.uniform, losses.unigram, losses.bigram))
 
 
 def test_compute_equals_slow_loops_on_documents_one_by_one():
     vocab_size, eot = 9, 8
     train, validation = random_documents(30, vocab_size, 0), random_documents(15, vocab_size, 1)
-    losses = baselines.compute(rows_of(eot, *train), rows_of(eot, *validation), vocab_size)
+    losses = baselines.compute(rows_of(eot, *train), rows_of(eot, *validation), objective(eot), vocab_size)
 
     train_pairs, validation_pairs = pairs_of(train, eot), pairs_of(validation, eot)
     counts = collections.Counter(target for _, target in train_pairs)
@@ -118,7 +122,7 @@ def test_a_bigram_process_is_learnt_and_the_baselines_fall_in_order():
         return ((rng.integers(eot) + np.cumsum(steps)) % eot).tolist()
 
     train, validation = (rows_of(eot, *(document() for _ in range(count))) for count in (500, 50))
-    losses = baselines.compute(train, validation, vocab_size)
+    losses = baselines.compute(train, validation, objective(eot), vocab_size)
     entropy = (math.log(eot) + 100 * math.log(2)) / 101  # the first token is uniform; the known end costs nothing
     assert losses.uniform > losses.unigram > losses.bigram > entropy
     assert losses.bigram < entropy + 0.1  # it can't see the end come: (1 + ln 101) / 101 = 0.056 nats
@@ -139,4 +143,37 @@ def test_no_more_pairs_are_counted_than_the_limit_and_a_row(monkeypatch):
     few = rows_of(8, *random_documents(30, 9, 0))
     few.rows[:] = [few.rows[row] for row in rows]
     assert sum(len(stream) - 1 for row in few.read([0, 1]) for stream in row) < 40
-    assert baselines.compute(train, train, 9) == baselines.compute(few, train, 9)
+    assert baselines.compute(train, train, objective(8), 9) == baselines.compute(few, train, objective(8), 9)
+
+
+def test_of_a_corrupted_corpus_the_pairs_are_the_decoders():
+    """As slow loops find them: each target after the one before it, without padding."""
+    corrupted = packing.SpanCorruption(
+        inputs_length=12, noise_density=0.3, mean_span_length=2.0, first_sentinel=29, num_sentinels=10, end_of_text=9,
+        pad=9, seed=0,
+    )  # fmt: skip
+    tokens = [np.array(document, np.int32) for document in random_documents(20, 9, 0)]
+    rows = packing.Concatenate.make(tokens, np.array([len(t) for t in tokens]), np.arange(len(tokens)), corrupted)
+    losses = baselines.compute(rows, rows, corrupted, 30)
+    pairs = []
+    for row in range(rows.num_rows):
+        arrays = corrupted.arrays(rows.read([row])[0], row)
+        pairs += itertools.pairwise([9, *arrays["targets_M"][arrays["loss_mask_M"]].tolist()])
+    counts, probability = collections.Counter(target for _, target in pairs), slow_kneser_ney(pairs, 30)
+    unigram = [math.log((counts[v] + 1) / (len(pairs) + 30)) for _, v in pairs]
+    assert losses.unigram == pytest.approx(-np.mean(unigram), rel=1e-12)
+    assert losses.bigram == pytest.approx(-np.mean([math.log(probability(u, v)) for u, v in pairs]), rel=1e-12)
+
+
+def test_of_pairs_of_texts_what_is_predicted_is_the_targets():
+    """Of [7, 8, EOT, 1, 2] that is 1 after padding, 2 after 1 and EOT after 2, whatever the input is."""
+    objective = pairs_lib.TextToText(inputs_length=4, targets_length=4, end_of_text=9, pad=0)
+    texts = (([7, 8], [1, 2]), ([8], [1]), ([7], [2, 2, 1]))
+    documents = [np.array(pairs_lib.join(*pair, 9), np.int32) for pair in texts]
+    rows = packing.Pad(documents, objective, np.arange(3))
+    found = baselines.compute(rows, rows, objective, 10)
+    predicted = [(0, 1), (1, 2), (2, 9), (0, 1), (1, 9), (0, 2), (2, 2), (2, 1), (1, 9)]
+    counts, probability = collections.Counter(target for _, target in predicted), slow_kneser_ney(predicted, 10)
+    unigram = [math.log((counts[v] + 1) / (len(predicted) + 10)) for _, v in predicted]
+    assert found.unigram == pytest.approx(-np.mean(unigram), rel=1e-12)
+    assert found.bigram == pytest.approx(-np.mean([math.log(probability(u, v)) for u, v in predicted]), rel=1e-12)

@@ -216,7 +216,7 @@ def test_a_transposed_tensor_is_named(name):
     with pytest.raises(ValueError, match="has shape") as error:
         mamba.from_hf(weights, mamba.config_from_hf(HF))
     wrong = weights[name].shape
-    assert str(error.value) == f"{name} has shape {wrong}, but the config makes it {SHAPES[name]}; mend one of them"
+    assert str(error.value) == f"{name} has shape {wrong}, but it must have {SHAPES[name]}; mend it or the config"
 
 
 @pytest.mark.parametrize(

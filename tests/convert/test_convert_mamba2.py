@@ -167,7 +167,7 @@ def test_tensors_that_do_not_fit_are_named():
     name = "backbone.layers.1.mixer.norm.weight"
     with pytest.raises(ValueError, match=rf"^{name} is missing, of shape \(12,\)"):
         mamba2.from_hf({key: value for key, value in weights.items() if key != name}, config)
-    with pytest.raises(ValueError, match=rf"^{name} has shape \(6,\), but the config makes it \(12,\)"):
+    with pytest.raises(ValueError, match=rf"^{name} has shape \(6,\), but it must have \(12,\)"):
         mamba2.from_hf(weights | {name: weights[name][:6]}, config)
     with pytest.raises(ValueError, match=r"x_proj.weight has no place in the model \(2 layers\); leave it out"):
         mamba2.from_hf(weights | {"backbone.layers.1.mixer.x_proj.weight": weights[name]}, config)
