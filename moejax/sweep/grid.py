@@ -107,6 +107,11 @@ def named(name: str, settings: Mapping[str, Any]) -> Grid:
     return [Row(name, dict(settings))]
 
 
+def from_config(name: str, config: config_lib.Config, base: config_lib.Config) -> Grid:
+    """One row, of a name of its own: every field in which a config differs from the base of the sweep."""
+    return named(name, {field: checks.get(config, field) for field, _, _ in config_lib.differences(base, config)})
+
+
 def product(*grids: Sequence[Row]) -> Grid:
     """Every combination of a row of each grid, the last one varying fastest."""
     return [_joined(rows) for rows in itertools.product(*grids)]

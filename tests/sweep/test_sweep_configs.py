@@ -2,9 +2,11 @@
 
 import ast
 import pathlib
+import runpy
 
 import pytest
 
+from moejax import config as config_lib
 from moejax.cli import overrides
 from moejax.sweep import cost, grid, listing
 
@@ -74,3 +76,29 @@ def test_the_law_of_granularity_varies_size_tokens_and_granularity():
     assert (len(names), names[0], names[-1]) == (2 * 2 * 5, "d256_num_steps5000_g1", "d512_num_steps15000_g16")
     for held in (row.held[0] for row in sweep.grid):  # within one size and length
         assert (held.measure, held.varied) == ("active", ("granularity",))
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "first", "last"),
+    [
+        ("table_1", 4, "mamba_25m", "transformer_25m"),
+        ("table_1_100m,mini", 3, "mamba_100m", "transformer_moe_100m"),
+        ("table_2,mini", 7, "mamba_1b", "ratio_6_0"),
+        ("table_3", 15, "mamba_1b", "inner_conv_gate_out_alternate"),
+        ("table_4,mini", 6, "mamba_1b", "experts_32"),
+        ("table_7,mini", 13, "mamba_1b", "parallel_32"),
+    ],
+)
+def test_a_table_is_a_sweep_over_its_rows(name, number, first, last):
+    points = points_of(f"tables.py:{name}")
+    assert (len(points), points[0].group, points[-1].group) == (number, first, last)
+    get_config = runpy.run_path(str(FOLDER.parent / "moe_mamba.py"))["get_config"]
+    for point in points:
+        row = get_config(point.group + ",mini" * name.endswith("mini"))
+        row.data.seed = row.training.seed = 0  # a seed of a sweep is both
+        assert point.config == row
+
+
+def test_a_table_that_there_is_not_is_refused():
+    with pytest.raises(config_lib.ConfigError, match=r"table_9 is no table; write one of table_1, .*table_7"):
+        overrides.read_sweep(str(FOLDER / "tables.py:table_9"), [])
