@@ -198,6 +198,9 @@ def build() -> argparse.ArgumentParser:
     sub = command("report", commands_lib.report, "moejax report runs/a runs/b")
     sub.add_argument("folders", nargs="+", type=pathlib.Path, metavar="DIR", help="folders of runs, or that of a sweep")
     sub.add_argument("--output", type=pathlib.Path, help="page to write (default: report.html in the first folder)")
+    sub.add_argument(
+        "--baseline", metavar="SETTING", help="of a sweep: what others are compared with (default: its own)"
+    )
 
     about = "Prepares a corpus, and shows it."
     data = commands.add_parser("data", help=about, description=about, allow_abbrev=False)

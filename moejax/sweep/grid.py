@@ -177,7 +177,15 @@ def points(sweep: Sweep) -> list[Point]:
       ConfigError: a base or a point that breaks a rule, a quantity that can't be held to 1 %, two points of one name,
         or a baseline that there is not.
     """
+    checks.require(
+        isinstance(sweep.grid, Sequence) and all(isinstance(row, Row) for row in sweep.grid),
+        "the grid of get_sweep() holds what is no row; join grids with +, as in over(...) + named(...)",
+    )
     checks.require(len(sweep.grid) > 0, "the grid of get_sweep() has no rows; give it some")
+    checks.require(
+        isinstance(sweep.seeds, tuple) and all(type(seed) is int for seed in sweep.seeds),
+        f"seeds={sweep.seeds} must be a tuple of whole numbers; write seeds=(0, 1, 2)",
+    )
     checks.require(len(set(sweep.seeds)) == len(sweep.seeds) > 0, f"seeds={sweep.seeds} must differ; change them")
     base = copy.deepcopy(sweep.base)
     rules.validate(base)

@@ -7,6 +7,7 @@ import runpy
 import pytest
 
 from moejax import config as config_lib
+from moejax.analysis import scaling_forms
 from moejax.cli import overrides
 from moejax.sweep import cost, grid, listing
 
@@ -35,7 +36,7 @@ def test_the_lab_book_has_a_line_for_each_point_with_its_counts(file):
         moe = point.config.model.moe
         if point.config.model.has_experts and "width" in lines["point"]:
             assert {f"{moe.num_experts}", f"{moe.d_expert}"} <= set(lines[point.group])
-    if "iso_active" in book:
+    if any(row.held for row in overrides.read_sweep(str(FOLDER / file), []).grid):
         actives, flops = [active for _, active in counts], [cost.flops(point.config) for point in points]
         assert max(actives) / min(actives) < 1.01
         assert max(flops) / min(flops) < 1.03  # of what Mamba's parameters do, some is no matrix product
@@ -73,7 +74,18 @@ def test_a_longer_run_of_more_seeds_is_two_options():
 def test_the_law_of_granularity_varies_size_tokens_and_granularity():
     sweep = overrides.read_sweep(str(FOLDER / "granularity.py:law"), [])
     names = [row.name for row in sweep.grid]
-    assert (len(names), names[0], names[-1]) == (2 * 2 * 5, "d256_num_steps5000_g1", "d512_num_steps15000_g16")
+    assert (len(names), names[0], names[-1]) == (27, "d256_num_steps4000_g1", "d512_num_steps16000_g16")
+    cells = [
+        scaling_forms.Cell(
+            expansion=grid.axes(point)["experts"] / point.granularity,
+            granularity=point.granularity,
+            active=cost.parameters(point.config.model)["non_embedding_active"],
+            tokens=cost.tokens(point.config),
+        )
+        for point in grid.points(sweep)
+    ]
+    form = scaling_forms.choose(cells)
+    assert form.formula == "L = c + (g / G^gamma + a) / N^alpha + b / D^beta"
     for held in (row.held[0] for row in sweep.grid):  # within one size and length
         assert (held.measure, held.varied) == ("active", ("granularity",))
 
