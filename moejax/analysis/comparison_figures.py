@@ -32,7 +32,13 @@ def losses(found: Numbers, styles: Mapping[str, figures.Style]) -> list[figures.
         _loss(curves, styles, column, limits, title=title, label=label, caption=caption, unit=unit)
         for column, title, label, unit, caption in (
             ("step", "Loss against steps", "step", 1.0, "At the same number of updates."),
-            ("tokens", "Loss against tokens", "tokens", 1.0, "At the same data: what speed-up is read from."),
+            (
+                "tokens",
+                "Loss against tokens",
+                "tokens",
+                1.0,
+                "At the same data, padding not counted: what speed-up is read from.",
+            ),
             (
                 "flops",
                 "Loss against compute",

@@ -187,7 +187,8 @@ def build() -> argparse.ArgumentParser:
         choices=sweep_lib.LAUNCHERS,
         default="local",
         help="local: this machine (default); slurm: a job array, through submitit, e.g. -- --time=720 --partition=gpu; "
-        "gke: a JobSet a point, by scripts/launch_gke.py, e.g. -- --name=moe --tpu=v5e:4x4 --image=me/moejax:1",
+        "gke: a JobSet a point, by scripts/launch_gke.py, e.g. -- --name=moe --tpu=v5e:4x4 --image=me/moejax:1 "
+        "(which are done it cannot know: name the others by --only)",
     )
     writes_json(sub)
 
