@@ -174,8 +174,9 @@ def _final(
     label: str,
     ylabel: str,
 ) -> str:
-    unlike_groups = [title for title in lines if title not in styles]
-    own = figures.style(unlike_groups, None if len(unlike_groups) > 1 else next(iter(unlike_groups), None))
+    own = figures.style([title for title in lines if title not in styles], None)
+    if len(own) == 1:  # a group's colour would be taken for that group
+        own = dict.fromkeys(own, figures.Style(colour="#777777", dashes="-"))
     with matplotlib.rc_context(figures.STYLE):
         figure = mpl_figure.Figure(figsize=(figures.MEDIUM, 3.0))
         axes = figure.add_subplot()
