@@ -90,6 +90,18 @@ def test_a_sweep_that_is_done_starts_nothing_and_prints_what_it_has(swept, capsy
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("metrics.jsonl")} == before
 
 
+def test_a_point_that_has_failed_before_is_the_exit_status_of_a_collection(swept, capsys):
+    command, workdir = swept
+    kept = (workdir / "e4_s0" / "result.json").read_bytes()
+    (workdir / "e4_s0" / "result.json").write_bytes(kept.replace(b'"done"', b'"failed"'))
+    try:
+        assert cli.run([*command, "--jobs=0"]) == 1
+        assert cli.run([*command, "--jobs=0", "--only=dense_s0"]) == 0
+    finally:
+        (workdir / "e4_s0" / "result.json").write_bytes(kept)
+        assert cli.run([*command, "--jobs=0"]) == 0
+
+
 def test_seeds_join_a_sweep_and_without_jobs_it_is_only_collected(swept, capsys):
     command, workdir = swept
     done = sweep_results.read(workdir).points
@@ -124,6 +136,10 @@ def test_a_dry_run_lists_the_points_and_touches_nothing(swept, capsys):
     for name in ("name", "total", "active", "tokens", "flops"):
         assert [point[name] for point in points] == [row[name] for row in expected]
     assert [point["seconds"] for point in points] == [None, None]
+    assert cli.run([*command, "--dry-run", "--json"]) == 0  # both are done, so that nothing is measured
+    captured = capsys.readouterr()
+    assert [point["seconds"] for point in json.loads(captured.out)["points"]] == [0.0, 0.0]
+    assert "measuring" not in captured.err
 
 
 def test_a_point_that_does_not_fit_a_slice_is_dropped_and_listed_as_such(swept, tmp_path, monkeypatch, capsys):
@@ -153,7 +169,7 @@ def test_a_point_that_does_not_fit_a_slice_is_dropped_and_listed_as_such(swept, 
     assert cli.run([*command, *plans, f"--workdir={tmp_path / 'runs'}", "--jobs=0"]) == 0
     dense, mixture = sweep_results.read(tmp_path / "runs").points
     assert (dense.status, mixture.status) == ("waiting", "does not fit")
-    assert mixture.error == "does not fit v5e:4x4: Used 20G of 16G hbm"
+    assert mixture.error == "v5e:4x4: Used 20G of 16G hbm"
 
 
 CONFIG = "--config=configs/sweeps/experts_mini.py"

@@ -14,8 +14,8 @@ tokens of Mamba over tokens of the mixture to the same loss. We have not run the
     e16      214,966,272    26,222,592    3.67              1.21
     e32      416,358,400    26,288,128    3.67              1.23
 
-The recipe is that of configs/moe_mamba.py, with a warmup of 150 steps. The learning rates are those of the paper's
-Table 6, 1e-3 for Mamba and 5e-4 for mixtures; it gives none for Table 4.
+The rows and the recipe are those of configs/moe_mamba.py. The learning rates are those of the paper's Table 6, 1e-3 for
+Mamba and 5e-4 for mixtures; it gives none for Table 4.
 
     moejax sweep --config=configs/sweeps/experts_25m.py --workdir=runs/experts_25m --dry-run
     moejax sweep --config=configs/sweeps/experts_25m.py --workdir=runs/experts_25m
@@ -27,20 +27,16 @@ import runpy
 from moejax import config
 from moejax.sweep import grid
 
-_MAIN = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "moe_mamba.py"))  # the same recipe
-MAMBA = {"model.period": ("mamba", "mamba"), "optimizer.learning_rate": 1e-3}  # in the place of each mixture
+_ROWS = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "moe_mamba.py"))["ROWS"]
 
 
 def get_config() -> config.Config:
     """The mixture with 32 experts."""
-    c = _MAIN["get_config"]("moe_mamba_25m")
-    c.model.moe.num_experts = 32
-    c.optimizer.warmup_steps = 150
-    c.training.num_steps = 15_000
-    return c
+    return _ROWS["experts_32"]()
 
 
 def get_sweep() -> grid.Sweep:
     """The six rows of the table."""
-    mixtures = grid.over("model.moe.num_experts", 1, 4, 8, 16, 32)
-    return grid.Sweep(get_config(), [*grid.named("mamba", MAMBA), *mixtures], baseline="mamba")
+    base = get_config()
+    mamba = grid.from_config("mamba", _ROWS["mamba_1b"](), base)
+    return grid.Sweep(base, [*mamba, *grid.over("model.moe.num_experts", 1, 4, 8, 16, 32)], baseline="mamba")

@@ -18,8 +18,8 @@ not run these. The recipe is that of configs/sweeps/experts_25m.py, with router=
     moejax sweep --config=configs/sweeps/granularity.py --workdir=runs/granularity --dry-run
     moejax sweep --config=configs/sweeps/granularity.py --workdir=runs/granularity
 
-A law of granularity, parameters and tokens needs all three to vary: `:law` has every G at d_model 256 and 512, for
-5,000 and 15,000 steps, 20 points.
+A law of granularity, parameters and tokens needs three values of each: `:law` has G of 1, 4 and 16 at d_model 256, 384
+and 512, for 4,000, 8,000 and 16,000 steps, 27 points.
 
     moejax sweep --config=configs/sweeps/granularity.py:law --workdir=runs/granularity_law
     moejax sweep fit runs/granularity_law
@@ -35,8 +35,10 @@ _TABLE_4 = runpy.run_path(str(pathlib.Path(__file__).with_name("experts_25m.py")
 NAMES = ("one_size", "law")
 
 
-def get_config() -> config.Config:
+def get_config(name: str = "one_size") -> config.Config:
     """Granularity 1."""
+    if name not in NAMES:
+        raise ValueError(f"{name} is not known; write {' or '.join(NAMES)}")
     c = _TABLE_4["get_config"]()
     c.model.moe.router = "top_k"
     c.model.moe.jitter = config.MoeConfig().jitter  # router=switch alone reads it
@@ -45,12 +47,10 @@ def get_config() -> config.Config:
 
 
 def get_sweep(name: str = "one_size") -> grid.Sweep:
-    """Five granularities of one size, or of two sizes and two lengths."""
-    if name not in NAMES:
-        raise ValueError(f"{name} is not known; write {' or '.join(NAMES)}")
-    rows = grid.iso_active(grid.granularity(1, 2, 4, 8, 16))
-    if name == "law":
-        small = grid.named("d256", {"model.d_model": 256, "model.moe.d_expert": 768})
-        sizes = [*small, *grid.named("d512", {})]
-        rows = grid.product(sizes, grid.over("training.num_steps", 5_000, 15_000), rows)
-    return grid.Sweep(get_config(), rows)
+    """Five granularities of one size, or three of three sizes and three lengths."""
+    base = get_config(name)
+    if name == "one_size":
+        return grid.Sweep(base, grid.iso_active(grid.granularity(1, 2, 4, 8, 16)))
+    sizes = [grid.named(f"d{d}", {"model.d_model": d, "model.moe.d_expert": 3 * d})[0] for d in (256, 384, 512)]
+    lengths = grid.over("training.num_steps", 4_000, 8_000, 16_000)
+    return grid.Sweep(base, grid.product(sizes, lengths, grid.iso_active(grid.granularity(1, 4, 16))))

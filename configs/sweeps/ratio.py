@@ -16,8 +16,8 @@ it is, 16 layers. Parameters as counted (`--dry-run`), without embedding and hea
 
 The paper's caption says 542M parameters in all; with the numbers of experts of its code it is what is counted here.
 Its losses are in a figure alone, but for those without experts: 3.72 for mamba and 3.73 for 6to0. We have not run
-these. The recipe is that of configs/sweeps/experts_25m.py: learning rate 5e-4 as in the paper's code, without experts
-1e-3 as in its Table 6.
+these. The rows and the recipe are those of configs/moe_mamba.py: learning rate 5e-4 as in the paper's code, without
+experts 1e-3 as in its Table 6.
 
     moejax sweep --config=configs/sweeps/ratio.py --workdir=runs/ratio --dry-run
     moejax sweep --config=configs/sweeps/ratio.py --workdir=runs/ratio
@@ -29,26 +29,18 @@ import runpy
 from moejax import config
 from moejax.sweep import grid
 
-_TABLE_4 = runpy.run_path(str(pathlib.Path(__file__).with_name("experts_25m.py")))  # the same recipe
-EXPAND = {1: 0.6666666, 2: 1.3333333, 3: 2.0, 4: 2.6666666, 5: 3.3333333}  # by parts of Mamba; digits as in their code
-NUM_EXPERTS = {1: 19, 2: 24, 3: 32, 4: 48, 5: 96}
+_ROWS = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "moe_mamba.py"))["ROWS"]
 
 
 def get_config() -> config.Config:
     """Half and half, which is Table 4's model with 32 experts."""
-    return _TABLE_4["get_config"]()
+    return _ROWS["ratio_3_3"]()
 
 
 def get_sweep() -> grid.Sweep:
     """The table's five ratios, and two models without experts."""
-    mamba = _TABLE_4["MAMBA"]
-    rows = grid.named("mamba", mamba)
-    rows += grid.named("6to0", mamba | {"model.period": ("mamba",), "model.mamba.expand": 4.0})
-    for parts, expand in EXPAND.items():
-        settings = {
-            "model.mamba.expand": expand,
-            "model.moe.d_expert": 512 * (6 - parts),
-            "model.moe.num_experts": NUM_EXPERTS[parts],
-        }
-        rows += grid.named(f"{parts}to{6 - parts}", settings)
-    return grid.Sweep(get_config(), rows, baseline="mamba")
+    base = get_config()
+    rows = grid.from_config("mamba", _ROWS["mamba_1b"](), base)
+    for parts in (6, 1, 2, 3, 4, 5):
+        rows += grid.from_config(f"{parts}to{6 - parts}", _ROWS[f"ratio_{parts}_{6 - parts}"](), base)
+    return grid.Sweep(base, rows, baseline="mamba")

@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from moejax import files
+from moejax import config, files
 from moejax.analysis import comparison_page, figures, run_files, sweep_results
 
-LOOK_BACK = (
-    1 / 15
-)  # share of a run that the average of its curve looks back on: MoE-Mamba's alpha 0.001 in 15,000 steps
+# share of a run that the average of its curve looks back on: MoE-Mamba's alpha 0.001 in 15,000 steps
+LOOK_BACK = 1 / 15
 FIRST = 0.1  # share of the baseline's tokens from which on the curve of the speed-up begins: warmup decides it before
 _LEVELS = 100
 _MEASURED = ("tokens_per_second", "seconds", "dropped", "imbalance", "entropy", "churn")  # of Row
@@ -41,22 +40,32 @@ class Curve:
     loss: np.ndarray  # moving average, nats a token
 
 
-def write(folder: pathlib.Path, output: pathlib.Path) -> pathlib.Path:
+def write(folder: pathlib.Path, output: pathlib.Path, *, baseline: str | None = None) -> pathlib.Path:
     """Writes the sweep's page, and its numbers beside it; each file appears whole or not at all.
 
-    The JSON is `numbers(folder)`. CSVs have the same: NAME.csv a row a group, NAME_curves.csv a row a group and bin of
-    steps, NAME_speedup.csv a row a group and level of the loss.
+    The JSON is `numbers(folder)`. CSVs have the same: NAME.csv a row a group, NAME_points.csv a row a point,
+    NAME_curves.csv a row a group and bin of steps, NAME_speedup.csv a row a group and level of the loss.
+
+    baseline: the setting that others are compared with, in the place of the sweep's own.
 
     Returns:
         The path of the page.
 
     Raises:
-        config.ConfigError: the folder does not hold a sweep, or a file of it is damaged.
+        config.ConfigError: the folder does not hold a sweep, a file of it is damaged, or it has no such baseline.
     """
     results = sweep_results.read(folder)
+    if baseline is not None:
+        settings = list(dict.fromkeys(row.group for row in results.points))
+        if baseline not in settings:
+            raise config.ConfigError(
+                f"--baseline={baseline} is no setting of this sweep; choose one of {', '.join(settings)}"
+            )
+        results.baseline = baseline
     found = _numbers(folder, results)
     tables = {
         ".csv": [_flat(group) for group in found["groups"]],
+        "_points.csv": [_flat(point) for point in found["points"]],
         "_curves.csv": [
             {"group": group, **dict(zip(curve, values, strict=True))}
             for group, curve in found["curves"].items()
@@ -64,10 +73,11 @@ def write(folder: pathlib.Path, output: pathlib.Path) -> pathlib.Path:
         ],
         "_speedup.csv": [{"group": group, **level} for group, levels in found["speedup"].items() for level in levels],
     }
-    files.write(output, comparison_page.page(folder, results, found))
-    files.write(output.with_suffix(".json"), json.dumps(found, indent=2, allow_nan=False) + "\n")
-    for ending, rows in tables.items():
-        files.write(output.with_name(output.stem + ending), _csv(rows))
+    texts = {ending: _csv(rows) for ending, rows in tables.items()}
+    texts[".json"] = json.dumps(found, indent=2, allow_nan=False) + "\n"
+    texts[output.suffix] = comparison_page.page(folder, results, found)
+    for ending, text in texts.items():
+        files.write(output.with_name(output.stem + ending), text)
     return output
 
 
@@ -114,7 +124,7 @@ def _numbers(folder: pathlib.Path, results: sweep_results.Results) -> dict[str, 
                 list(finished[group].values()),
                 measure,
                 [] if baseline is None or baseline == group else list(finished[baseline].values()),
-                [_end(base, point) for base, point in pairs.get(group, [])],
+                [ratio for base, point in pairs.get(group, []) if math.isfinite(ratio := _end(base, point))],
             )
             for group, rows in groups.items()
         ],
@@ -238,7 +248,9 @@ def speedup(baseline: Curve, point: Curve, level_L: np.ndarray) -> np.ndarray:
 
 
 def _end(baseline: Curve, point: Curve) -> float:
-    """The speed-up at the lowest loss that both reached."""
+    """The speed-up at the lowest loss that both reached; NaN where one of them never fell."""
+    if not (np.isfinite(baseline.loss).any() and np.isfinite(point.loss).any()):
+        return math.nan
     level = max(np.nanmin(baseline.loss), np.nanmin(point.loss))
     return float(speedup(baseline, point, np.array([level]))[0])
 

@@ -12,7 +12,7 @@ from matplotlib import axes as mpl_axes
 from matplotlib import figure as mpl_figure
 from matplotlib import ticker
 
-from moejax.analysis import figures, words
+from moejax.analysis import figures, sweep_results, words
 
 Numbers = Mapping[str, Any]  # of `comparison.numbers`
 _ABOVE = 0.25  # share of a run whose losses may lie above the scale: they would press the rest into a line
@@ -32,7 +32,13 @@ def losses(found: Numbers, styles: Mapping[str, figures.Style]) -> list[figures.
         _loss(curves, styles, column, limits, title=title, label=label, caption=caption, unit=unit)
         for column, title, label, unit, caption in (
             ("step", "Loss against steps", "step", 1.0, "At the same number of updates."),
-            ("tokens", "Loss against tokens", "tokens", 1.0, "At the same data: what speed-up is read from."),
+            (
+                "tokens",
+                "Loss against tokens",
+                "tokens",
+                1.0,
+                "At the same data, padding not counted: what speed-up is read from.",
+            ),
             (
                 "flops",
                 "Loss against compute",
@@ -130,6 +136,18 @@ def final(found: Numbers, styles: Mapping[str, figures.Style], measure: str) -> 
         if dense:
             caption += " Level lines: settings without a MoE layer."
         panels.append(figures.Panel(title="Final loss against experts", caption=caption.strip(), svg=svg))
+    if len({group["axes"].get("granularity", 1) for group in sparse}) > 1:
+        svg = _final(
+            "final-granularity",
+            series(sparse, along="granularity"),
+            {group["group"]: group["axes"].get("granularity", 1) for group in sparse},
+            levels=dense,
+            styles=styles,
+            label="granularity (logarithmic)",
+            ylabel=f"{measure} (nats/token)",
+        )
+        caption = f"{seeds} Lines join settings that differ in the granularity alone, at like active parameters."
+        panels.append(figures.Panel(title="Final loss against granularity", caption=caption.strip(), svg=svg))
     if len({group["non_embedding_total"] for group in groups}) > 1:
         lines = series(sparse) | {group["group"]: [group] for group in dense}
         svg = _final(
@@ -156,7 +174,9 @@ def _final(
     label: str,
     ylabel: str,
 ) -> str:
-    by_order = figures.style(list(lines), None)
+    own = figures.style([title for title in lines if title not in styles], None)
+    if len(own) == 1:  # a group's colour would be taken for that group
+        own = dict.fromkeys(own, figures.Style(colour="#777777", dashes="-"))
     with matplotlib.rc_context(figures.STYLE):
         figure = mpl_figure.Figure(figsize=(figures.MEDIUM, 3.0))
         axes = figure.add_subplot()
@@ -178,7 +198,7 @@ def _final(
             members = sorted(members, key=lambda group: x[group["group"]])
             places = [x[group["group"]] for group in members]
             is_line = len(set(places)) == len(places) > 1
-            style = styles.get(title, by_order[title])
+            style = styles.get(title) or own[title]
             handles[title] = axes.errorbar(
                 places,
                 [group["loss"]["mean"] for group in members],
@@ -239,19 +259,27 @@ def by_setting(found: Numbers, styles: Mapping[str, figures.Style], measure: str
     return figures.Panel(title="Final loss by setting", caption=caption, svg=svg)
 
 
-def series(groups: Sequence[Numbers]) -> dict[str, list[Numbers]]:
-    """Groups that differ in experts alone, by what sets them apart from the other series."""
+def series(groups: Sequence[Numbers], along: str = "experts") -> dict[str, list[Numbers]]:
+    """Groups that differ along one of the axes alone, by what sets them apart from the other series.
+
+    along: experts, or granularity, with which the numbers of experts and of a token's choices go.
+    """
     parts = {
         "active": _clusters([group["non_embedding_active"] for group in groups], "{} active"),
         "tokens": _clusters([group["tokens"] for group in groups], "{} tokens"),
-        "granularity": [f"granularity {group['axes'].get('granularity', 1):g}" for group in groups],
-        "top_k": [f"top-{group['axes'].get('top_k', 1):g}" for group in groups],
     }
+    granularity = [group["axes"].get("granularity", 1) for group in groups]
+    if along == "experts":
+        parts["granularity"] = [f"granularity {value:g}" for value in granularity]
+        parts["top_k"] = [f"top-{group['axes'].get('top_k', 1):g}" for group in groups]
+    else:
+        whole = [group["axes"]["experts"] / value for group, value in zip(groups, granularity, strict=True)]
+        parts["experts"] = [f"{value:g} experts / granularity" for value in whole]
     fields = dict.fromkeys(name for group in groups for name in group["settings"])
     for name in fields:
-        values = [group["settings"].get(name) for group in groups]
-        if any(isinstance(value, str | bool | list) for value in values):  # a number is one of the axes, or follows
-            parts[name] = ["default" if value is None else words.setting(value) for value in values]
+        if name not in sweep_results.MEASURED_SETTINGS:
+            word = name.rpartition(".")[2]
+            parts[name] = [_setting(word, group["settings"].get(name)) for group in groups]
     varying = [labels for labels in parts.values() if len(set(labels)) > 1]
     found: dict[str, list[Numbers]] = {}
     for index, group in enumerate(groups):
@@ -260,6 +288,12 @@ def series(groups: Sequence[Numbers]) -> dict[str, list[Numbers]]:
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _setting(word: str, value: Any) -> str:
+    if value is None:
+        return f"default {word}"
+    return f"{word} {value:g}" if type(value) in (int, float) else words.setting(value)
 
 
 def _clusters(values: Sequence[float], text: str) -> list[str]:

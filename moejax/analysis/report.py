@@ -23,12 +23,15 @@ _BASELINES = ("uniform", "unigram", "bigram")
 _VALIDATION = ("step", "loss", "perplexity", "bits_per_byte", "tokens", "documents")
 
 
-def write(folders: Sequence[pathlib.Path], output: pathlib.Path | None = None) -> pathlib.Path:
+def write(
+    folders: Sequence[pathlib.Path], output: pathlib.Path | None = None, *, baseline: str | None = None
+) -> pathlib.Path:
     """Writes the page of these runs, and its numbers as JSON beside it; each appears whole or not at all.
 
     Args:
         folders: runs' folders, the --workdir of `moejax train`; or one sweep's folder, whose page is `comparison`'s.
         output: the page, `*.html`; None means `report.html` in the first folder.
+        baseline: of a sweep, the setting that others are compared with; None: the sweep's own.
 
     Returns:
         The path of the page. The JSON has the same path with the suffix `.json`: `{"runs": [numbers(folder), ...]}`.
@@ -46,7 +49,7 @@ def write(folders: Sequence[pathlib.Path], output: pathlib.Path | None = None) -
     if not output.parent.is_dir():
         raise config.ConfigError(f"output={output} lies in a folder that does not exist; make {output.parent}")
     if sweep:
-        return comparison.write(folders[0], output)
+        return comparison.write(folders[0], output, baseline=baseline)
     if len({run.name for run in runs}) < len(runs):
         for run, folder in zip(runs, folders, strict=True):
             run.name = str(folder)

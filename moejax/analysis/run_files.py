@@ -50,7 +50,10 @@ def rows(folder: pathlib.Path) -> list[dict[str, Any]]:
     A step that stands twice counts once, as it was written last.
     """
     metrics = folder / "metrics.jsonl"
-    by_step = {row["step"]: row for row in files.read_rows(metrics)} if metrics.is_file() else {}
+    found = files.read_rows(metrics) if metrics.is_file() else []
+    if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in found):
+        raise config.ConfigError(f"{metrics} has rows without a step; it is no run's, or damaged: move it away")
+    by_step = {row["step"]: row for row in found}
     return [by_step[step] for step in sorted(by_step)]
 
 

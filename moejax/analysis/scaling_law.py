@@ -154,9 +154,23 @@ def _notes(results: sweep_results.Results, sparse: Sequence[sweep_results.Row], 
     if unfinished:
         notes.append(f"{unfinished} of {len(results.points)} points have not finished and are not in the fit")
     top_k = sorted({row.axes.get("top_k", 1) for row in sparse})
-    if len(top_k) > 1:
-        notes.append(f"top_k varies ({', '.join(f'{k:g}' for k in top_k)}); the law knows it through N alone")
+    if len(top_k) > 1 and "granularity" not in form.axes:
+        notes.append(f"top_k, which varies ({', '.join(f'{k:g}' for k in top_k)}), but for its part in N")
+    fields = dict.fromkeys(field for row in sparse for field in row.settings)
+    for field in fields:
+        values = list(dict.fromkeys(str(row.settings.get(field, "the base's")) for row in sparse))
+        if len(values) > 1 and field not in sweep_results.MEASURED_SETTINGS:
+            notes.append(
+                f"{field}, which varies ({', '.join(values)}): what it does is taken for the work of what is in the "
+                "law; fit points that agree in it"
+            )
     return notes
+
+
+def _name(axis: str, law: Fit) -> str:
+    """What the tables call an axis."""
+    whole = axis == "expansion" and "granularity" in law.doublings
+    return "experts / granularity" if whole else scaling_forms.NAMES[axis]
 
 
 # --- quantities with their intervals ---------------------------------------------------------------------------------
@@ -210,9 +224,9 @@ def table(law: Fit) -> str:
     ]
     for name, one in law.coefficients.items():
         lines.append(f"{name:<12}{one.value:>12.5g}   {_range(one, '.5g'):<26}{law.meanings[name]}")
-    lines += ["", f"{'doubling':<18}{'loss':>8}   {percent} (at the middle of the grid)"]
+    lines += ["", f"{'doubling':<22}{'loss':>8}   {percent} (at the middle of the grid)"]
     for axis, one in law.doublings.items():
-        lines.append(f"{scaling_forms.NAMES[axis]:<18}{one.value:>+8.2%}   {_range(one, '+.2%')}")
+        lines.append(f"{_name(axis, law):<22}{one.value:>+8.2%}   {_range(one, '+.2%')}")
     width = max(len("setting"), *(len(setting.group) for setting in law.settings))
     lines += ["", f"{'setting':<{width}}{'seeds':>7}{'loss':>9}{'fitted':>9}{'residual':>10}"]
     for setting in law.settings:
@@ -224,8 +238,7 @@ def table(law: Fit) -> str:
     if law.seed_deviation is not None:
         deviation += f"; of a point about its setting's mean {law.seed_deviation:.2%}"
     places = [
-        f"{scaling_forms.NAMES[one.axis]} {figures.short(one.value)} ({one.factor}x the largest)"
-        for one in law.extrapolations
+        f"{_name(one.axis, law)} {figures.short(one.value)} ({one.factor}x the largest)" for one in law.extrapolations
     ]
     width = max(map(len, places))
     lines += [deviation, "", f"{'EXTRAPOLATED':<{width}}{'loss':>9}   {percent}; no point is there to check it"]

@@ -27,6 +27,14 @@ MEASURES: Mapping[Measure, str] = types.MappingProxyType(
         "loss": "training loss of the last step",
     }
 )
+# Settings that show in a point's axes, parameters or tokens. Any other makes it another recipe or architecture.
+MEASURED_SETTINGS = frozenset(
+    (
+        *(f"model.moe.{name}" for name in ("num_experts", "d_expert", "top_k", "num_shared_experts")),
+        *("model.d_model", "model.num_periods"),
+        *("training.num_steps", "optimizer.warmup_steps", "data.batch_size", "data.seq_length"),
+    )
+)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

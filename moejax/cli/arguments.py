@@ -187,7 +187,8 @@ def build() -> argparse.ArgumentParser:
         choices=sweep_lib.LAUNCHERS,
         default="local",
         help="local: this machine (default); slurm: a job array, through submitit, e.g. -- --time=720 --partition=gpu; "
-        "gke: a JobSet a point, by scripts/launch_gke.py, e.g. -- --name=moe --tpu=v5e:4x4 --image=me/moejax:1",
+        "gke: a JobSet a point, by scripts/launch_gke.py, e.g. -- --name=moe --tpu=v5e:4x4 --image=me/moejax:1 "
+        "(which are done it cannot know: name the others by --only)",
     )
     writes_json(sub)
 
@@ -198,6 +199,9 @@ def build() -> argparse.ArgumentParser:
     sub = command("report", commands_lib.report, "moejax report runs/a runs/b")
     sub.add_argument("folders", nargs="+", type=pathlib.Path, metavar="DIR", help="folders of runs, or that of a sweep")
     sub.add_argument("--output", type=pathlib.Path, help="page to write (default: report.html in the first folder)")
+    sub.add_argument(
+        "--baseline", metavar="SETTING", help="of a sweep: what others are compared with (default: its own)"
+    )
 
     about = "Prepares a corpus, and shows it."
     data = commands.add_parser("data", help=about, description=about, allow_abbrev=False)

@@ -157,8 +157,15 @@ def report(arguments: argparse.Namespace, _: list[str]) -> int:
     from moejax.analysis import report as report_lib
 
     if report_lib.is_sweep(arguments.folders):  # whose points have their evaluation already
-        print(report_lib.write(arguments.folders, arguments.output))
+        from moejax.sweep import folder
+
+        folder.refresh(arguments.folders[0])
+        print(report_lib.write(arguments.folders, arguments.output, baseline=arguments.baseline))
         return 0
+    if arguments.baseline is not None:
+        raise config_lib.ConfigError(
+            f"--baseline={arguments.baseline} is for a sweep, whose settings it compares; leave it out"
+        )
     from moejax.analysis import generation, run_files
     from moejax.training import compiled
 

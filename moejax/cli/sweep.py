@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from moejax import config as config_lib
@@ -51,6 +51,8 @@ def sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if workdir is not None and not arguments.dry_run:
         for name, reason in unfit.items():
             outcome.write(workdir / name, outcome.Outcome(status="does not fit", error=reason))
+    for name, reason in unfit.items():
+        processes.say(f"{name} does not fit: {reason}")
     match arguments.launcher:
         case "gke":
             return _launch_gke(arguments, fits)
@@ -58,7 +60,7 @@ def sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
             assert workdir is not None
             return _launch_slurm(arguments, overrides, fits, workdir)
     if arguments.dry_run:
-        return _list(arguments, chosen, plans, environment)
+        return _list(arguments, chosen, done, plans, environment)
     assert workdir is not None
     return _run(arguments, [point.name for point in chosen], [point.name for point in fits], workdir, environment)
 
@@ -107,6 +109,10 @@ def _check(arguments: argparse.Namespace) -> None:
         not arguments.json or local or arguments.dry_run,
         f"--json with --launcher={arguments.launcher} goes with --dry-run; leave one of them out",
     )
+    if arguments.launcher == "slurm":
+        from moejax.sweep import slurm
+
+        slurm.parameters(arguments.after)
 
 
 def _chosen(points: Sequence["grid.Point"], only: str) -> list["grid.Point"]:
@@ -156,22 +162,28 @@ def _plans(
 def _unfit(points: Sequence["grid.Point"], plans: Plans) -> dict[str, str]:
     """The points that do not fit, and why."""
     return {
-        point.name: f"does not fit {plan.topology}: {plan.memory.refusal}"
+        point.name: f"{plan.topology}: {plan.memory.refusal}"
         for point in points
         if (plan := plans.get(point.group)) is not None and not plan.memory.fits
     }
 
 
 def _list(
-    arguments: argparse.Namespace, points: Sequence["grid.Point"], plans: Plans, environment: Mapping[str, str]
+    arguments: argparse.Namespace,
+    points: Sequence["grid.Point"],
+    done: Set[str],
+    plans: Plans,
+    environment: Mapping[str, str],
 ) -> int:
-    """Says what a call without --dry-run would run, and how long that takes."""
+    """Says what a call without --dry-run would run, and how long that takes: points that are done, no time."""
     from moejax.analysis import plan_table
     from moejax.sweep import estimate, listing
 
     seconds, jobs, steps = {}, max(1, arguments.jobs), arguments.probe_steps
-    if steps and not plans:  # what is planned for a slice is seldom for this machine
-        seconds = estimate.seconds(points, probe_steps=steps, jobs=jobs, say=processes.say, environment=environment)
+    todo = [point for point in points if point.name not in done]
+    if steps and todo and not plans:  # what is planned for a slice is seldom for this machine
+        seconds = estimate.seconds(todo, probe_steps=steps, jobs=jobs, say=processes.say, environment=environment)
+    seconds |= dict.fromkeys(done, 0.0)
     rows = listing.rows(points, seconds)
     if arguments.json:
         extra: list[dict[str, Any]] = [
@@ -220,7 +232,8 @@ def _run(
         processes.say(f"moejax: {name} {problem} (see {workdir / name / folder.LOG})")
     if stopped:
         processes.say(f"moejax: stopped by {stopped}; run the same command to go on")
-    return 1 if problems or stopped else 0
+    failed = any(row.status == "failed" for row in results.points if row.name in chosen)
+    return 1 if problems or stopped or failed else 0
 
 
 # --- clusters --------------------------------------------------------------------------------------------------------
@@ -238,9 +251,9 @@ def _launch_slurm(
     commands = [[*again, f"--only={point.name}", *overrides] for point in points]
     if not commands:
         processes.say("every point is done, or does not fit")
-    elif arguments.dry_run:
-        _show(arguments, points, [slurm.script(workdir, commands, given)])
-    else:
+    if arguments.dry_run and (commands or arguments.json):
+        _show(arguments, points, [slurm.script(workdir, commands, given)] if commands else [])
+    elif commands and not arguments.dry_run:
         jobs = slurm.submit(workdir, commands, given)
         for point, job in zip(points, jobs, strict=True):
             print(f"{point.name} is job {job}")

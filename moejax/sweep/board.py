@@ -48,9 +48,11 @@ class Console(runner.Board):
 
     def ended(self, name: str, how: str) -> None:
         """Says how, with the losses of a point that is done."""
-        progress, found = self._progress(name), outcome.read(self._workdir / name)
+        found = outcome.read(self._workdir / name)
         if found is not None and found.numbers.seconds is not None:
-            how = f"{how} in {metrics.duration(found.numbers.seconds)}{_losses(progress)}"
+            losses = (("loss", found.numbers.loss), ("validation loss", found.numbers.validation_loss))
+            told = "".join(f", {name} {loss:.4f}" for name, loss in losses if loss is not None)
+            how = f"{how} in {metrics.duration(found.numbers.seconds)}{told}"
         self._say(f"{name} {how}")
 
     def draw(self, running: Collection[str]) -> None:
@@ -152,7 +154,8 @@ class Console(runner.Board):
 
 def table(rows: Sequence[sweep_results.Row]) -> str:
     """Rows of sweep.json as aligned text."""
-    heads = ("point", "status", "loss", "EMA", "validation", "tokens/s", "time", "dropped", "imbalance")
+    losses = ("loss", f"EMA({sweep_results.EMA_ALPHA})", "validation")
+    heads = ("point", "status", *losses, "tokens/s", "time", "dropped", "imbalance")
     lines: list[tuple[str, ...]] = [heads]
     for row in rows:
         losses = (_number(value, ".4f") for value in (row.loss, row.ema_loss, row.validation_loss))

@@ -16,6 +16,7 @@ from moejax.sweep import folder as folder_lib
 from moejax.sweep import grid, runner
 
 LEAST_STEPS = 3  # that a probe measures; with fewer its evaluations and its checkpoint would meet
+LIMIT = 600.0  # seconds of a probe: what takes longer is for another machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ def seconds(
     say: Callable[[str], None],
     environment: Mapping[str, str] | None = None,
     command: Sequence[str] = runner.CHILD,
+    limit: float = LIMIT,
 ) -> dict[str, float]:
     """Seconds of each point's run, by name: from short runs in a temporary folder, `jobs` of them side by side.
 
@@ -53,9 +55,12 @@ def seconds(
     with tempfile.TemporaryDirectory(prefix="moejax-probe-") as temporary:
         workdir = pathlib.Path(temporary)
         folder_lib.write(workdir, folder_lib.describe(probes, None))
-        say(f"measuring {len(probes)} points, {probe_steps} steps of each; --probe_steps=0 leaves it out")
+        say(
+            f"measuring {len(probes)} points, {probe_steps} steps of each, up to {limit:.0f} s; --probe_steps=0 leaves "
+            "it out"
+        )
         ran = runner.Runner(
-            workdir, jobs=jobs, board=_Listener(say), environment=environment, command=command, attempts=1
+            workdir, jobs=jobs, board=_Listener(say), environment=environment, command=command, attempts=1, limit=limit
         )
         ran.run([point.name for point in probes])
         if ran.stopped:
@@ -123,10 +128,13 @@ def side_by_side(seconds: Iterable[float], jobs: int) -> float:
 
 
 class _Listener(runner.Board):
-    """Tells what cannot be measured, and why."""
+    """Tells what is measured, and what cannot be, and why."""
 
     def __init__(self, say: Callable[[str], None]):
         self._say = say
+
+    def started(self, name: str) -> None:
+        self._say(f"measuring {name}")
 
     def ended(self, name: str, how: str) -> None:
         if how != "done":

@@ -119,13 +119,23 @@ def check(workdir: pathlib.Path, new: Description, only: Collection[str] = ()) -
 
 def write(workdir: pathlib.Path, new: Description) -> None:
     """Writes points.json, whole or not at all, where it says anything else. Points that it has beside these stay."""
-    old = read(workdir) or Description(None, {}, {})
-    rows, configs = new.rows | (old.rows | new.rows), new.configs | (old.configs | new.configs)
-    points = [{"row": dataclasses.asdict(rows[name]), "config": plain.to_dict(configs[name])} for name in rows]
-    text = json.dumps({"baseline": new.baseline, "points": points}, indent=1) + "\n"
-    path = workdir / FILE
-    if not path.exists() or path.read_text() != text:
-        files.write(path, text)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with _alone(workdir):  # two that join points at once would each leave the other's out
+        old = read(workdir) or Description(None, {}, {})
+        rows, configs = new.rows | (old.rows | new.rows), new.configs | (old.configs | new.configs)
+        points = [{"row": dataclasses.asdict(rows[name]), "config": plain.to_dict(configs[name])} for name in rows]
+        text = json.dumps({"baseline": new.baseline, "points": points}, indent=1) + "\n"
+        path = workdir / FILE
+        if not path.exists() or path.read_text() != text:
+            files.write(path, text)
+
+
+def refresh(workdir: pathlib.Path) -> None:
+    """`collect` of a sweep's folder that may be one's own: points may have ended, or been killed, since. Elsewhere, as
+    in a copy that cannot be written to, what is there stays."""
+    if (workdir / FILE).is_file():
+        with contextlib.suppress(PermissionError):
+            collect(workdir)
 
 
 def collect(workdir: pathlib.Path, running: Collection[str] = ()) -> sweep_results.Results:
@@ -159,14 +169,17 @@ def _alone(workdir: pathlib.Path) -> Iterator[None]:
 def _row(
     folder: pathlib.Path, row: sweep_results.Row, config: config_lib.Config, *, is_begun: bool
 ) -> sweep_results.Row:
-    """The row, with what the point's folder adds to it."""
-    found = outcome.read(folder)
-    if found is None and (is_begun or lock.holder(folder)):
-        return dataclasses.replace(row, status="running")
-    if found is None:
-        found = outcome.of_run(folder, config)  # trained by a cluster, or by a process killed before it said so
+    """The row, with what the point's folder adds to it. A damaged folder is that point's failure, not the sweep's."""
+    try:
+        found = outcome.read(folder)
+        if found is None and (is_begun or lock.holder(folder)):
+            return dataclasses.replace(row, status="running")
         if found is None:
-            return row
-        outcome.write(folder, found)
+            found = outcome.of_run(folder, config)  # trained by a cluster, or by a process killed before it said so
+            if found is None:
+                return row
+            outcome.write(folder, found)
+    except config_lib.ConfigError as error:
+        return dataclasses.replace(row, status="failed", error=str(error))
     measured: dict[str, Any] = dataclasses.asdict(found.numbers)
     return dataclasses.replace(row, status=found.status, error=found.error, **measured)

@@ -108,6 +108,11 @@ def named(name: str, settings: Mapping[str, Any]) -> Grid:
     return [Row(name, dict(settings))]
 
 
+def from_config(name: str, config: config_lib.Config, base: config_lib.Config) -> Grid:
+    """One row, of a name of its own: every field in which a config differs from the base of the sweep."""
+    return named(name, {field: checks.get(config, field) for field, _, _ in plain.differences(base, config)})
+
+
 def product(*grids: Sequence[Row]) -> Grid:
     """Every combination of a row of each grid, the last one varying fastest."""
     return [_joined(rows) for rows in itertools.product(*grids)]
@@ -173,7 +178,15 @@ def points(sweep: Sweep) -> list[Point]:
       ConfigError: a base or a point that breaks a rule, a quantity that can't be held to 1 %, two points of one name,
         or a baseline that there is not.
     """
+    checks.require(
+        isinstance(sweep.grid, Sequence) and all(isinstance(row, Row) for row in sweep.grid),
+        "the grid of get_sweep() holds what is no row; join grids with +, as in over(...) + named(...)",
+    )
     checks.require(len(sweep.grid) > 0, "the grid of get_sweep() has no rows; give it some")
+    checks.require(
+        isinstance(sweep.seeds, tuple) and all(type(seed) is int for seed in sweep.seeds),
+        f"seeds={sweep.seeds} must be a tuple of whole numbers; write seeds=(0, 1, 2)",
+    )
     checks.require(len(set(sweep.seeds)) == len(sweep.seeds) > 0, f"seeds={sweep.seeds} must differ; change them")
     base = copy.deepcopy(sweep.base)
     rules.validate(base)

@@ -10,7 +10,7 @@ import numpy as np
 
 from moejax import config as config_lib
 from moejax import files
-from moejax.analysis import sweep_results
+from moejax.analysis import run_files, sweep_results
 from moejax.config import plain
 
 FILE = "result.json"
@@ -57,8 +57,11 @@ def read(folder: pathlib.Path) -> Outcome | None:
 
 
 def is_done(folder: pathlib.Path) -> bool:
-    """Whether the point in this folder has been trained to its end."""
-    found = read(folder)
+    """Whether the point in this folder has been trained to its end. A damaged result.json says nothing of it."""
+    try:
+        found = read(folder)
+    except config_lib.ConfigError:
+        return False
     return found is not None and found.status == "done"
 
 
@@ -81,7 +84,10 @@ def of_run(folder: pathlib.Path, config: config_lib.Config) -> Outcome | None:
     num_steps = config.training.num_steps
     if not ((folder / "checkpoints" / str(num_steps)).is_dir() and (folder / "config.json").is_file()):
         return None
-    made_with = plain.from_dict(files.read_json(folder / "config.json"))
+    values = files.read_json(folder / "config.json")
+    if not isinstance(values, dict):
+        raise config_lib.ConfigError(f"{folder}/config.json is no config; move {folder} away to train it anew")
+    made_with = plain.from_dict(values)
     for path, there, here in plain.differences(made_with, config):
         if not free(path):
             error = f"it was trained with {path}={there}, and the point has {here}; move {folder} away to train it anew"
@@ -90,8 +96,20 @@ def of_run(folder: pathlib.Path, config: config_lib.Config) -> Outcome | None:
 
 
 def measure(folder: pathlib.Path, config: config_lib.Config) -> Numbers:
-    """The numbers of a run that is done: losses and speed over all of it, routing over its last tenth."""
-    rows = files.read_rows(folder / "metrics.jsonl")
+    """The numbers of a run that is done: losses and speed over all of it, routing over its last tenth.
+
+    Raises:
+      ConfigError: its metrics.jsonl is not there, or not that of a run to its end.
+    """
+    path = folder / "metrics.jsonl"
+    rows = run_files.rows(folder)
+    if not rows or rows[-1].get("step") != config.training.num_steps:
+        raise config_lib.ConfigError(
+            f"{path} does not go to step {config.training.num_steps}, to which the point was trained; move {folder} "
+            "away to train it anew"
+        )
+    if not all(isinstance(row.get(name), int | float) for row in rows for name in ("seconds", "tokens_per_second")):
+        raise config_lib.ConfigError(f"{path} has rows without seconds or speed; move {folder} away to train it anew")
     loss_S = np.array([row["loss"] for row in rows], float)  # null is NaN
     validation = [row["validation_loss"] for row in rows if "validation_loss" in row]
     numbers = Numbers(

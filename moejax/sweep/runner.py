@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 import shutil
@@ -69,13 +70,15 @@ class Runner:
         environment: Mapping[str, str] | None = None,
         command: Sequence[str] = CHILD,
         attempts: int = 2,
+        limit: float = math.inf,
     ):
         """jobs: points at a time. environment: of their processes; None: this one's. command: what trains a point.
-        attempts: at a point that crashes, before it has failed."""
+        attempts: at a point that crashes, before it has failed. limit: seconds of an attempt, which then ends."""
         self.problems: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
         self.stopped: str | None = None
-        self._workdir, self._board, self._command, self._most_attempts = workdir, board, command, attempts
+        self._workdir, self._board, self._command = workdir, board, command
+        self._most_attempts, self._limit = attempts, limit
         self._environment = dict(os.environ if environment is None else environment)
         self._jobs = jobs
         self._shares: list[dict[str, str]] = []
@@ -104,6 +107,9 @@ class Runner:
                 if self.stopped and not self._asked_to_stop:
                     # not SIGTERM, which SLURM gives to every process of a job: a second one would end them at once
                     self._stop(signal.SIGINT)
+                for child in self._children:
+                    if time.monotonic() - child.since > self._limit:
+                        child.process.kill()
                 for child in [child for child in self._children if child.process.poll() is not None]:
                     if self._take(child):
                         queue.appendleft(child.name)
@@ -164,6 +170,10 @@ class Runner:
             self._board.ended(name, "done")
         elif status == child_lib.BUSY:
             problem = f"{_last_line(folder)}; run the same command again when that has ended"
+        elif status == -signal.SIGKILL and self.seconds[name] > self._limit:
+            reason = f"it took over {self._limit:.0f} s"
+            problem = f"failed: {reason}"
+            outcome.write(folder, outcome.Outcome(status="failed", error=reason))
         elif self.stopped:
             problem = f"stopped by {self.stopped}"
         elif found is not None and status in (child_lib.FAILED, child_lib.REFUSED):

@@ -145,6 +145,29 @@ def test_speedup_at_the_end_is_at_the_lowest_loss_that_both_reached(tmp_path):
     assert all(entry["loss"] < 6.0 for entry in levels)
 
 
+@pytest.mark.parametrize("losses", [[6.0, 6.5, 7.0], [6.0], [math.nan, math.nan], [6.0, math.nan]])
+def test_a_point_that_never_fell_has_a_page_and_no_speedup(tmp_path, losses):
+    rows = [make_row("mamba", steps=3), make_row("lr1", steps=3)]
+    folder = make_sweep(tmp_path / "sweep", rows, lambda row: [6.0, 5.0, 4.0] if row.group == "mamba" else losses)
+    result = comparison.numbers(folder)
+    assert result["groups"][1]["speedup"] == {"mean": None, "deviation": None}
+    assert json.loads(report.write([folder]).with_suffix(".json").read_text())["groups"] == result["groups"]
+
+
+def test_the_baseline_may_be_another_setting(tmp_path):
+    rows = [make_row(group, seed, steps=3) for group in ("mamba", "e1", "e4") for seed in (0, 1)]
+    levels = {"mamba": 0.0, "e1": 0.5, "e4": 0.25}
+    losses = lambda row: [6.0, 5.0, 3.0 + levels[row.group] + 0.01 * row.seed]  # noqa: E731
+    folder = make_sweep(tmp_path / "sweep", rows, losses)
+    found = json.loads(report.write([folder], baseline="e1").with_suffix(".json").read_text())
+    assert found["baseline"] == "e1"
+    assert {group["group"]: group["difference"]["pairs"] for group in found["groups"]} == {"mamba": 2, "e1": 0, "e4": 2}
+    with pytest.raises(
+        config.ConfigError, match="--baseline=e2 is no setting of this sweep; choose one of mamba, e1, e4"
+    ):
+        report.write([folder], baseline="e2")
+
+
 def test_groups_are_those_of_the_finished_points(found):
     groups = {group["group"]: group for group in found["groups"]}
     assert list(groups) == list(ENDS)
@@ -260,14 +283,32 @@ def test_settings_that_differ_in_more_than_experts_are_lines_of_their_own():
         about = {"group": name, "axes": axes, "settings": settings}
         return about | {"non_embedding_active": active, "tokens": 1e9, "non_embedding_total": 1}
 
-    small = [group(f"s{e}", e, active, experts=e) for e, active in ((1, 100_000), (8, 101_000), (32, 104_000))]
+    small = [
+        group(f"s{e}", e, active, **{"model.moe.num_experts": e})
+        for e, active in ((1, 100_000), (8, 101_000), (32, 104_000))
+    ]
     large = [group("l1", 1, 900_000), group("l8", 8, 901_000)]
-    routed = [group("r8", 8, 101_000, router="hash")]
+    routed = [group("r8", 8, 101_000, **{"model.moe.router": "hash"})]
     found = comparison_figures.series([*small, *large, *routed])
     assert {label: [one["group"] for one in members] for label, members in found.items()} == {
-        "100,000 active, default": ["s1", "s8", "s32"],
-        "900,000 active, default": ["l1", "l8"],
+        "100,000 active, default router": ["s1", "s8", "s32"],
+        "900,000 active, default router": ["l1", "l8"],
         "100,000 active, hash": ["r8"],
+    }
+    rates = [group(f"lr{e}", e, 100_000, **{"optimizer.learning_rate": 0.5 / e}) for e in (1, 2)]
+    assert list(comparison_figures.series(rates)) == ["learning_rate 0.5", "learning_rate 0.25"]
+
+
+def test_settings_that_differ_in_granularity_alone_are_a_line_along_it():
+    def group(name, number, granularity):
+        axes = {"experts": number, "granularity": granularity, "top_k": granularity}
+        return {"group": name, "axes": axes, "settings": {}, "non_embedding_active": 100_000, "tokens": 1e9}
+
+    groups = [group("a1", 8, 1), group("a4", 32, 4), group("b1", 16, 1), group("b4", 64, 4)]
+    found = comparison_figures.series(groups, along="granularity")
+    assert {label: [one["group"] for one in members] for label, members in found.items()} == {
+        "8 experts / granularity": ["a1", "a4"],
+        "16 experts / granularity": ["b1", "b4"],
     }
 
 
@@ -292,12 +333,13 @@ def test_long_names_lose_what_all_but_the_baseline_share():
 def test_the_command_writes_a_sweeps_page(tmp_path, capsys):
     folder = make_sweep(tmp_path / "sweep", [make_row("a", status="waiting")], lambda row: [])
     output = tmp_path / "page.html"
-    assert commands.report(argparse.Namespace(folders=[folder], output=output), []) == 0
+    assert commands.report(argparse.Namespace(folders=[folder], output=output, baseline=None), []) == 0
     assert capsys.readouterr().out == f"{output}\n"
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {
         "page.html",
         "page.json",
         "page.csv",
+        "page_points.csv",
         "page_curves.csv",
         "page_speedup.csv",
     }

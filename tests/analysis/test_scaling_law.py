@@ -161,6 +161,16 @@ def test_sizes_that_do_not_cross_leave_out_their_product():
     assert law.notes[0] == "c: experts vary at one size only, so b is that of this size; vary them at another too"
 
 
+def test_a_setting_that_is_no_axis_and_varies_is_told():
+    rows = make_points(bilinear, crossed((26e6,), (1, 4, 8, 16, 32)), noise=0.001)
+    for row in rows:
+        row.settings |= {"model.moe.d_expert": 10, "model.moe.num_experts": int(row.axes["experts"])}
+    assert not any("model" in note for note in fit(rows).notes)
+    rows[0].settings["model.moe.router"] = "hash"
+    (note,) = [note for note in fit(rows).notes if "model" in note]
+    assert note.startswith("model.moe.router, which varies (hash, the base's): what it does is taken for the work of")
+
+
 def test_everything_beyond_the_grid_is_marked():
     law = fit(make_points(bilinear, FULL, noise=0.002))
     content = json.loads(json.dumps(scaling_law.to_json(law)))

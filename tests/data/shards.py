@@ -3,6 +3,7 @@
 import gzip
 import json
 import pathlib
+import random
 
 import fsspec
 import pyarrow as pa
@@ -12,6 +13,7 @@ from pyarrow import parquet
 from tensorboardX import record_writer
 
 from moejax import config as config_lib
+from moejax.data import lines, records, storage, tables, zipped
 
 # Line ends of all kinds, which a reader of lines could split at or rewrite, nothing, and all planes of Unicode.
 TEXTS = [
@@ -123,3 +125,38 @@ def refusal(call, *args, start="data.source", **kwargs) -> str:
     assert message.startswith(start)
     assert "; " in message
     return message
+
+
+# --- reading them back ----------------------------------------------------------------------------------------------
+
+READERS = {
+    "array_record": records.ArrayRecord,
+    "tfrecord": records.TfRecord,
+    "json": lines.JsonLines,
+    "gzip": zipped.GzipJsonLines,
+    "parquet": tables.Parquet,
+}
+
+
+def opened(form, path, field="text"):
+    (file,) = storage.find(str(path))
+    return READERS[form](file, field)
+
+
+def texts_of(shard):
+    return [shard.text(i) for i in range(len(shard))]
+
+
+def damaged(folder, name, content):
+    """A file of its own for every content: one written over within a clock tick would pass for the one before."""
+    path = folder / f"{random.getrandbits(64):x}-{name}"
+    path.write_bytes(content)
+    return path
+
+
+def outcome(form, path):
+    """The texts, or the message of the one-line refusal."""
+    try:
+        return texts_of(opened(form, path))
+    except ValueError:
+        return refusal(lambda: texts_of(opened(form, path)))

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import slow_corruption
 
 from moejax import config as config_lib
 from moejax.data import corruption, randomness
@@ -46,73 +47,6 @@ def make_row(tokens, *, inputs_length=512, targets_length=114, seed=0, row=0, **
 def spans_of(mask):
     """[(is noise, length), ...]"""
     return [(bool(value), len(list(run))) for value, run in itertools.groupby(mask.tolist())]
-
-
-# ---- T5's algorithm, step by step as its TensorFlow code goes, with the shuffle handed in. ----
-
-
-def t5_lengths(tokens_length, noise_density, mean_span_length):
-    """Inputs and targets for so many raw tokens, as random_spans_helper reckons."""
-    num_noise_tokens = round(tokens_length * noise_density)
-    num_noise_spans = round(num_noise_tokens / mean_span_length)
-    return tokens_length - num_noise_tokens + num_noise_spans + 1, num_noise_tokens + num_noise_spans + 1
-
-
-def t5_raw_length(inputs_length, noise_density, mean_span_length):
-    tokens_length = inputs_length - 1
-    while t5_lengths(tokens_length + 1, noise_density, mean_span_length)[0] <= inputs_length:
-        tokens_length += 1
-    inputs_length, targets_length = t5_lengths(tokens_length, noise_density, mean_span_length)
-    if noise_density == 0.5 and targets_length > inputs_length:
-        tokens_length -= 1
-        targets_length -= 1
-    return tokens_length, targets_length
-
-
-def t5_segment_lengths(num_items, num_segments, shuffle):
-    is_start = shuffle(np.arange(num_items - 1) < num_segments - 1)
-    segment_id = np.cumsum(np.concatenate([[0], is_start.astype(np.int64)]))
-    return np.bincount(segment_id)
-
-
-def t5_noise_mask(length, noise_density, mean_span_length, shuffle_noise, shuffle_nonnoise):
-    original_length, length = length, max(length, 2)
-    num_noise_tokens = min(max(int(np.round(length * noise_density)), 1), length - 1)
-    num_noise_spans = max(int(np.round(num_noise_tokens / mean_span_length)), 1)
-    noise_lengths = t5_segment_lengths(num_noise_tokens, num_noise_spans, shuffle_noise)
-    nonnoise_lengths = t5_segment_lengths(length - num_noise_tokens, num_noise_spans, shuffle_nonnoise)
-    interleaved = np.reshape(np.stack([nonnoise_lengths, noise_lengths], axis=1), [num_noise_spans * 2])
-    span_starts = np.cumsum(interleaved)[:-1]
-    span_start_indicator = np.bincount(span_starts, minlength=length)
-    return (np.cumsum(span_start_indicator) % 2 == 1)[:original_length]
-
-
-def t5_noise_span_to_unique_sentinel(tokens, noise_mask, vocab_size):
-    previous_is_noise = np.pad(noise_mask[:-1], [[1, 0]])
-    first_noise = np.logical_and(noise_mask, np.logical_not(previous_is_noise))
-    subsequent_noise = np.logical_and(noise_mask, previous_is_noise)
-    sentinel = vocab_size - np.cumsum(first_noise.astype(tokens.dtype))
-    return np.where(first_noise, sentinel, tokens)[np.logical_not(subsequent_noise)]
-
-
-def shuffle_by(keys):
-    """The shuffle that puts entry i where key i stands in order: a start belongs to each of the smallest keys."""
-    return lambda entries: entries[np.argsort(np.argsort(keys))]
-
-
-def slow_corrupt(tokens, mask, first_sentinel):
-    """The definition, for any mask."""
-    inputs, targets, sentinel = [], [], first_sentinel + 1
-    for position, (token, is_noise) in enumerate(zip(tokens.tolist(), mask.tolist(), strict=True)):
-        if not is_noise:
-            inputs.append(token)
-            continue
-        if position == 0 or not mask[position - 1]:
-            sentinel -= 1
-            inputs.append(sentinel)
-            targets.append(sentinel)
-        targets.append(token)
-    return inputs, targets
 
 
 # ---- How many tokens, how many spans ----
@@ -191,9 +125,9 @@ def test_raw_length_is_the_most_that_fits(density, mean):
 def test_raw_length_equals_t5_wherever_no_count_is_lifted_or_limited(density, mean):
     num_equal = 0
     for inputs_length in INPUTS_LENGTHS:
-        t5_tokens_length, t5_targets_length = t5_raw_length(inputs_length, density, mean)
+        t5_tokens_length, t5_targets_length = slow_corruption.t5_raw_length(inputs_length, density, mean)
         if all(
-            t5_lengths(length, density, mean) == lengths_of(length, density, mean)
+            slow_corruption.t5_lengths(length, density, mean) == lengths_of(length, density, mean)
             for length in range(t5_tokens_length, t5_tokens_length + 3)  # those that decide
         ):
             num_equal += 1
@@ -212,25 +146,31 @@ def test_rows_equal_t5_token_for_token(density, mean):
         num_noise, _ = corruption.counts(length, density, mean)
         keys = randomness.bits(9, "span_corruption", index, length)
         mask = corruption.noise_mask(length, density, mean, 9, index)
-        expected_mask = t5_noise_mask(
+        expected_mask = slow_corruption.t5_noise_mask(
             length,
             density,
             mean,
-            shuffle_by(keys[: num_noise - 1]),
-            shuffle_by(keys[num_noise - 1 : length - 2]),
+            slow_corruption.shuffle_by(keys[: num_noise - 1]),
+            slow_corruption.shuffle_by(keys[num_noise - 1 : length - 2]),
         )
         assert mask.dtype == bool
         np.testing.assert_array_equal(mask, expected_mask)
         tokens = make_tokens(length, index)
         inputs, targets = corruption.corrupt(tokens, mask, FIRST, 200)
         assert inputs.dtype == targets.dtype == np.int32
-        np.testing.assert_array_equal(inputs, t5_noise_span_to_unique_sentinel(tokens, expected_mask, FIRST + 1))
-        np.testing.assert_array_equal(targets, t5_noise_span_to_unique_sentinel(tokens, ~expected_mask, FIRST + 1))
+        np.testing.assert_array_equal(
+            inputs, slow_corruption.t5_noise_span_to_unique_sentinel(tokens, expected_mask, FIRST + 1)
+        )
+        np.testing.assert_array_equal(
+            targets, slow_corruption.t5_noise_span_to_unique_sentinel(tokens, ~expected_mask, FIRST + 1)
+        )
 
 
 def test_a_row_too_short_to_corrupt_stays_as_in_t5():
     for length in (0, 1):
-        expected = t5_noise_mask(length, DENSITY, MEAN, lambda entries: entries, lambda entries: entries)
+        expected = slow_corruption.t5_noise_mask(
+            length, DENSITY, MEAN, lambda entries: entries, lambda entries: entries
+        )
         assert corruption.noise_mask(length, DENSITY, MEAN, 0, 0).tolist() == expected.tolist() == [False] * length
 
 
@@ -340,7 +280,7 @@ def test_any_mask_equals_the_slow_definition_and_is_restored(share, dtype):
         tokens = make_tokens(length, seed).astype(dtype)
         mask = make_mask(length, share, seed)
         inputs, targets = corruption.corrupt(tokens, mask, FIRST, NUM)
-        assert (inputs.tolist(), targets.tolist()) == slow_corrupt(tokens, mask, FIRST)
+        assert (inputs.tolist(), targets.tolist()) == slow_corruption.slow_corrupt(tokens, mask, FIRST)
         restored = corruption.restore(inputs, targets, FIRST, NUM)
         assert restored.dtype == np.int32
         np.testing.assert_array_equal(restored, tokens)
@@ -367,124 +307,3 @@ def test_more_spans_than_sentinels_are_refused_and_as_many_are_not():
 def test_inputs_and_targets_that_do_not_belong_together_are_not_restored(inputs, targets):
     with pytest.raises(ValueError, match="they must be the same"):
         corruption.restore(np.array(inputs), np.array(targets), 99, 2)
-
-
-# ---- The arrays of an example ----
-
-
-def test_a_row_worked_by_hand():
-    # Half of four tokens in spans of one: kept, noise, kept, noise is the only mask.
-    row = make_row(
-        [5, 6, 7, 8], inputs_length=7, targets_length=6, noise_density=0.5, mean_span_length=1.0, first_sentinel=99
-    )
-    expected = {
-        "encoder_inputs_L": [5, 99, 7, 98, EOS, PAD, PAD],
-        "encoder_mask_L": [True] * 5 + [False] * 2,
-        "decoder_inputs_M": [PAD, 99, 6, 98, 8, EOS],
-        "targets_M": [99, 6, 98, 8, EOS, PAD],
-        "loss_mask_M": [True] * 5 + [False],
-    }
-    assert {name: values.tolist() for name, values in row.items()} == expected
-    assert {name: values.dtype for name, values in row.items()} == {
-        name: np.dtype(bool if "mask" in name else np.int32) for name in expected
-    }
-
-
-def test_568_tokens_fill_512_and_114_exactly():
-    tokens = make_tokens(568)
-    for index in range(200):
-        row = make_row(tokens, row=index)
-        assert [len(values) for values in row.values()] == [512, 512, 114, 114, 114]
-        assert row["encoder_mask_L"].all()
-        assert row["loss_mask_M"].all()
-        assert row["encoder_inputs_L"][-1] == row["targets_M"][-1] == EOS
-
-
-@pytest.mark.parametrize(("density", "mean"), [(0.15, 3.0), (0.5, 3.0), (0.8, 1.0)])
-@pytest.mark.parametrize("inputs_length", [3, 4, 11, 32, 64])
-def test_every_length_up_to_the_raw_length_fits_and_is_restored(inputs_length, density, mean):
-    tokens_length, targets_length = corruption.raw_length(inputs_length, density, mean)
-    for length in range(1, tokens_length + 1):
-        tokens = make_tokens(length, length)
-        row = make_row(
-            tokens,
-            inputs_length=inputs_length,
-            targets_length=targets_length,
-            noise_density=density,
-            mean_span_length=mean,
-            row=length,
-        )
-        mask = corruption.noise_mask(length, density, mean, 0, length)
-        inputs, targets = slow_corrupt(tokens, mask, FIRST)
-        for name, sequence, size in (("encoder", inputs, inputs_length), ("target", targets, targets_length)):
-            ids, is_token = (
-                ("encoder_inputs_L", "encoder_mask_L") if name == "encoder" else ("targets_M", "loss_mask_M")
-            )
-            padding = size - len(sequence) - 1
-            assert row[ids].tolist() == [*sequence, EOS] + [PAD] * padding
-            assert row[is_token].tolist() == [True] * (len(sequence) + 1) + [False] * padding
-        assert row["decoder_inputs_M"].tolist() == [PAD, *row["targets_M"][:-1].tolist()]
-        inputs = row["encoder_inputs_L"][row["encoder_mask_L"]][:-1]
-        targets = row["targets_M"][row["loss_mask_M"]][:-1]
-        np.testing.assert_array_equal(corruption.restore(inputs, targets, FIRST, NUM), tokens)
-
-
-def test_masks_tell_padding_from_tokens_of_the_same_id():
-    row = make_row([7, 7, 7], inputs_length=6, targets_length=5, end_of_text=7, pad=7)
-    assert row["encoder_inputs_L"].tolist() == [7, 7, FIRST, 7, 7, 7]
-    assert row["encoder_mask_L"].tolist() == [True] * 4 + [False] * 2
-    assert row["targets_M"].tolist() == [FIRST, 7, 7, 7, 7]
-    assert row["loss_mask_M"].tolist() == [True] * 3 + [False] * 2
-
-
-def test_one_token_has_the_target_eos_and_none_make_padding():
-    one, none = (make_row(tokens, inputs_length=4, targets_length=3) for tokens in ([9], []))
-    assert one["encoder_inputs_L"].tolist() == [9, EOS, PAD, PAD]
-    assert one["targets_M"].tolist() == [EOS, PAD, PAD]
-    assert one["loss_mask_M"].tolist() == [True, False, False]
-    assert {value for values in none.values() for value in values.tolist()} == {PAD}
-    assert [len(values) for values in none.values()] == [4, 4, 3, 3, 3]
-
-
-def test_a_row_depends_on_seed_and_row_alone():
-    tokens = make_tokens(568)
-
-    def row(seed, index):
-        return b"".join(values.tobytes() for values in make_row(tokens, seed=seed, row=index).values())
-
-    keys = [(0, 0), (0, 1), (1, 0), (1, 1)]
-    rows = {key: row(*key) for key in keys}
-    assert {key: row(*key) for key in reversed(keys)} == rows
-    assert len(set(rows.values())) == 4
-
-
-@pytest.mark.parametrize(
-    ("inputs_length", "targets_length", "length"), [(512, 114, 569), (511, 114, 568), (512, 113, 568)]
-)
-def test_what_does_not_fit_is_refused_not_cut(inputs_length, targets_length, length):
-    with pytest.raises(ValueError, match=rf"{length} raw tokens become .* take both lengths from raw_length"):
-        make_row(make_tokens(length), inputs_length=inputs_length, targets_length=targets_length)
-
-
-def test_a_row_with_more_spans_than_sentinels_is_refused():
-    with pytest.raises(config_lib.ConfigError, match="has 28 noise spans, but there are 27 sentinels"):
-        make_row(make_tokens(568), num_sentinels=27)
-
-
-@pytest.mark.parametrize("density", [0.0, 1.0, -0.1, 1.5, float("nan")])
-def test_a_density_out_of_range_is_refused(density):
-    for call in (lambda: corruption.counts(10, density, 3.0), lambda: corruption.raw_length(10, density, 3.0)):
-        with pytest.raises(config_lib.ConfigError, match=rf"data.noise_density={density} must lie between 0 and 1"):
-            call()
-
-
-@pytest.mark.parametrize("mean", [0.0, 0.99, float("inf"), float("nan")])
-def test_a_mean_span_length_out_of_range_is_refused(mean):
-    with pytest.raises(config_lib.ConfigError, match=rf"data.mean_span_length={mean} must be 1 or more"):
-        corruption.noise_mask(10, 0.15, mean, 0, 0)
-
-
-@pytest.mark.parametrize("inputs_length", [0, 2])
-def test_an_encoder_without_room_for_a_span_is_refused(inputs_length):
-    with pytest.raises(config_lib.ConfigError, match=f"data.seq_length={inputs_length} is too short"):
-        corruption.raw_length(inputs_length, 0.15, 3.0)

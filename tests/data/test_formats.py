@@ -6,7 +6,6 @@ import json
 import pickle
 import random
 import struct
-import zlib
 
 import fsspec
 import google_crc32c
@@ -18,42 +17,11 @@ from pyarrow import parquet
 
 from moejax.data import lines, records, sources, storage, tables, zipped
 
-READERS = {
-    "array_record": records.ArrayRecord,
-    "tfrecord": records.TfRecord,
-    "json": lines.JsonLines,
-    "gzip": zipped.GzipJsonLines,
-    "parquet": tables.Parquet,
-}
 INDEXED = ("tfrecord", "json", "gzip")
-every_form = pytest.mark.parametrize("form", READERS)
+every_form = pytest.mark.parametrize("form", shards.READERS)
 
 
 cache_folder = pytest.fixture(shards.fresh_cache, autouse=True)
-
-
-def opened(form, path, field="text"):
-    (file,) = storage.find(str(path))
-    return READERS[form](file, field)
-
-
-def texts_of(shard):
-    return [shard.text(i) for i in range(len(shard))]
-
-
-def damaged(folder, name, content):
-    """A file of its own for every content: one written over within a clock tick would pass for the one before."""
-    path = folder / f"{random.getrandbits(64):x}-{name}"
-    path.write_bytes(content)
-    return path
-
-
-def outcome(form, path):
-    """The texts, or the message of the one-line refusal."""
-    try:
-        return texts_of(opened(form, path))
-    except ValueError:
-        return shards.refusal(lambda: texts_of(opened(form, path)))
 
 
 # --- laws of all forms ---------------------------------------------------------------------------------------------
@@ -61,28 +29,28 @@ def outcome(form, path):
 
 @every_form
 def test_every_form_gives_the_texts_that_went_in(form, tmp_path):
-    shard = opened(form, shards.write(tmp_path, form, shards.TEXTS))
-    assert texts_of(shard) == shards.TEXTS
-    assert texts_of(pickle.loads(pickle.dumps(shard))) == shards.TEXTS
+    shard = shards.opened(form, shards.write(tmp_path, form, shards.TEXTS))
+    assert shards.texts_of(shard) == shards.TEXTS
+    assert shards.texts_of(pickle.loads(pickle.dumps(shard))) == shards.TEXTS
     assert shard.num_skipped == 0
 
 
 @every_form
 def test_every_form_reads_from_a_remote_file_system(form, tmp_path):
     path = shards.in_memory(shards.write(tmp_path, form, shards.TEXTS))
-    shard = opened(form, path)
-    assert texts_of(shard) == shards.TEXTS
-    assert shard.text(3) == texts_of(pickle.loads(pickle.dumps(shard)))[3]
+    shard = shards.opened(form, path)
+    assert shards.texts_of(shard) == shards.TEXTS
+    assert shard.text(3) == shards.texts_of(pickle.loads(pickle.dumps(shard)))[3]
 
 
 @every_form
 def test_every_form_takes_the_text_from_the_field_that_is_named(form, tmp_path):
     path = shards.write(tmp_path, form, ["a", "b"], field="content", text="not this", length=300)
-    assert texts_of(opened(form, path, field="content")) == ["a", "b"]
-    message = shards.refusal(lambda: opened(form, path, field="body").text(0))
+    assert shards.texts_of(shards.opened(form, path, field="content")) == ["a", "b"]
+    message = shards.refusal(lambda: shards.opened(form, path, field="body").text(0))
     assert path.name in message
     assert "no field 'body' but content, length, text, url; name the text's in data.text_field" in message
-    message = shards.refusal(lambda: opened(form, path, field="length").text(0))
+    message = shards.refusal(lambda: shards.opened(form, path, field="length").text(0))
     assert path.name in message
     assert message.endswith("name another in data.text_field")
 
@@ -92,7 +60,7 @@ def test_threads_agree(form, tmp_path, monkeypatch):
     monkeypatch.setattr(zipped, "_SPACING", 2**16)
     monkeypatch.setattr(tables, "MAX_DECODED", 2**12)  # a few groups, so that they come and go
     texts = [f"{i} " * (i % 97) for i in range(300)]
-    shard = opened(form, shards.write(tmp_path, form, texts))
+    shard = shards.opened(form, shards.write(tmp_path, form, texts))
 
     def read(seed):
         order = random.Random(seed).choices(range(300), k=100)
@@ -106,8 +74,8 @@ def test_threads_agree(form, tmp_path, monkeypatch):
 @pytest.mark.parametrize("where", ["local", "memory"])
 def test_an_empty_or_foreign_file_is_refused_or_holds_nothing(form, where, tmp_path):
     for content in (b"\0" * 100, b"hello\nworld\n" * 20, b"PAR1" * 20, b"\x1f\x8b\x08" + b"\0" * 40):
-        path = damaged(tmp_path, shards.FORMS[form][0], content)
-        message = outcome(form, shards.in_memory(path) if where == "memory" else path)
+        path = shards.damaged(tmp_path, shards.FORMS[form][0], content)
+        message = shards.outcome(form, shards.in_memory(path) if where == "memory" else path)
         assert path.name in message
 
 
@@ -129,9 +97,9 @@ def test_a_file_is_read_whole_once_and_again_after_a_change_or_damage_to_the_ind
 
     def cost_of_opening():
         bytes_read.clear()
-        shard = opened(form, path)
+        shard = shards.opened(form, path)
         cost = sum(bytes_read)
-        assert texts_of(shard) == texts
+        assert shards.texts_of(shard) == texts
         return cost
 
     assert cost_of_opening() >= path.stat().st_size
@@ -153,7 +121,7 @@ def test_a_remote_file_is_indexed_in_blocks_and_not_by_record(form, tmp_path, mo
     system = type(fsspec.filesystem("memory"))
     original = system.cat_file
     monkeypatch.setattr(system, "cat_file", lambda *a, **k: requests.append(1) or original(*a, **k))
-    shard = opened(form, path)
+    shard = shards.opened(form, path)
     assert len(shard) == 1000
     assert len(requests) <= 3
     shard.text(500)
@@ -166,8 +134,8 @@ def test_a_remote_file_is_indexed_in_blocks_and_not_by_record(form, tmp_path, mo
 @pytest.mark.parametrize("cut", [1, 1000, 65536, 70000])
 def test_a_cut_array_record_is_refused_when_it_is_opened(cut, tmp_path):
     whole = shards.write(tmp_path, "array_record", shards.TEXTS).read_bytes()
-    path = damaged(tmp_path, "x.array_record", whole[:-cut])
-    message = shards.refusal(opened, "array_record", path)
+    path = shards.damaged(tmp_path, "x.array_record", whole[:-cut])
+    message = shards.refusal(shards.opened, "array_record", path)
     assert f"{path} is no whole ArrayRecord file" in message
     assert "none of its documents are readable; fetch the file again" in message
 
@@ -177,8 +145,8 @@ def test_a_damaged_array_record_names_the_record_and_spares_the_others(tmp_path)
     content = bytearray(shards.write(tmp_path, "array_record", texts).read_bytes())
     for at in range(1000, 6000, 100):  # in the first records, which compress to about half
         content[at] ^= 1
-    path = damaged(tmp_path, "x.array_record", content)
-    shard = opened("array_record", path)
+    path = shards.damaged(tmp_path, "x.array_record", content)
+    shard = shards.opened("array_record", path)
     found = []
     for i, text in enumerate(texts):
         try:
@@ -201,46 +169,46 @@ def test_masked_crc_follows_its_definition_and_the_published_check_value():
 def test_an_empty_tfrecord_matches_the_bytes_worked_out_by_hand(tmp_path):
     """The record of no bytes, as TensorFlow writes it: length 0, its masked CRC, masked CRC of nothing."""
     content = bytes(8) + bytes.fromhex("29039807") + struct.pack("<I", 0xA282EAD8)
-    path = damaged(tmp_path, "x.tfrecord", content * 2)
-    assert len(opened("tfrecord", path)) == 2
-    assert "record 1 has no field 'text' but nothing" in shards.refusal(opened("tfrecord", path).text, 1)
+    path = shards.damaged(tmp_path, "x.tfrecord", content * 2)
+    assert len(shards.opened("tfrecord", path)) == 2
+    assert "record 1 has no field 'text' but nothing" in shards.refusal(shards.opened("tfrecord", path).text, 1)
 
 
 @pytest.mark.parametrize("block", [12, 13, 40, 64, 1000])
 def test_tfrecords_may_straddle_blocks(block, tmp_path, monkeypatch):
     path = shards.write(tmp_path, "tfrecord", shards.TEXTS)
     monkeypatch.setattr(storage, "BLOCK", block)
-    assert texts_of(opened("tfrecord", path)) == shards.TEXTS
+    assert shards.texts_of(shards.opened("tfrecord", path)) == shards.TEXTS
 
 
 def test_a_tfrecord_cut_anywhere_is_refused_with_what_is_readable(tmp_path):
     texts = ["one", "two", "three"]
     whole = shards.write(tmp_path, "tfrecord", texts).read_bytes()
-    ends = opened("tfrecord", tmp_path / "docs.tfrecord-00000-of-00001")._bounds.ints(0, 4).tolist()
+    ends = shards.opened("tfrecord", tmp_path / "docs.tfrecord-00000-of-00001")._bounds.ints(0, 4).tolist()
     assert ends[-1] == len(whole)
     for size in range(1, len(whole)):
-        path = damaged(tmp_path, "x.tfrecord", whole[:size])
+        path = shards.damaged(tmp_path, "x.tfrecord", whole[:size])
         num = sum(end <= size for end in ends[1:])
         if size in ends:  # nothing is amiss in such a file
-            assert texts_of(opened("tfrecord", path)) == texts[:num]
+            assert shards.texts_of(shards.opened("tfrecord", path)) == texts[:num]
             continue
-        message = shards.refusal(opened, "tfrecord", path)
+        message = shards.refusal(shards.opened, "tfrecord", path)
         assert f"{path} ends inside record {num} ({num} documents before it are readable); fetch" in message
 
 
 def test_a_flipped_bit_anywhere_in_a_tfrecord_is_refused_with_its_record(tmp_path):
     whole = shards.write(tmp_path, "tfrecord", ["one", "two", "three"]).read_bytes()
-    bounds = opened("tfrecord", tmp_path / "docs.tfrecord-00000-of-00001")._bounds.ints(0, 4).tolist()
+    bounds = shards.opened("tfrecord", tmp_path / "docs.tfrecord-00000-of-00001")._bounds.ints(0, 4).tolist()
     for at in range(len(whole)):
         content = bytearray(whole)
         content[at] ^= 1 << at % 8
-        path = damaged(tmp_path, "x.tfrecord", content)
+        path = shards.damaged(tmp_path, "x.tfrecord", content)
         num = sum(bound <= at for bound in bounds) - 1
         if at - bounds[num] < 12:
-            message = shards.refusal(opened, "tfrecord", path)
+            message = shards.refusal(shards.opened, "tfrecord", path)
             assert "the CRC of" in message
         else:
-            shard = opened("tfrecord", path)
+            shard = shards.opened("tfrecord", path)
             assert shard.text((num + 1) % 3)
             message = shards.refusal(shard.text, num)
             assert f"record {num} is damaged: its CRC does not match; fetch the file again" in message
@@ -250,9 +218,9 @@ def test_a_flipped_bit_anywhere_in_a_tfrecord_is_refused_with_its_record(tmp_pat
 
 def test_records_that_hold_no_text_are_refused(tmp_path):
     def message(**row):
-        path = damaged(tmp_path, "x.tfrecord", b"")
+        path = shards.damaged(tmp_path, "x.tfrecord", b"")
         shards._tfrecord(path, [{"text": "fine"}, row])
-        return shards.refusal(opened("tfrecord", path).text, 1)
+        return shards.refusal(shards.opened("tfrecord", path).text, 1)
 
     assert "record 1 holds 2 texts in the field 'text', which must hold one" in message(text=["a", "b"])
     assert "record 1 holds 0 texts" in message(text=[])
@@ -266,7 +234,7 @@ def test_a_record_that_is_no_example_is_refused(tmp_path):
     writer = shards.record_writer.RecordWriter(str(path))
     writer.write(b"hello")
     writer.close()
-    assert f"{path} record 0 is no tf.train.Example" in shards.refusal(opened("tfrecord", path).text, 0)
+    assert f"{path} record 0 is no tf.train.Example" in shards.refusal(shards.opened("tfrecord", path).text, 0)
 
 
 # --- JSON lines ----------------------------------------------------------------------------------------------------
@@ -274,7 +242,7 @@ def test_a_record_that_is_no_example_is_refused(tmp_path):
 
 def json_file(form, folder, content):
     packed = gzip.compress(content) if form == "gzip" else content
-    return damaged(folder, f"x.{shards.FORMS[form][0]}", packed)
+    return shards.damaged(folder, f"x.{shards.FORMS[form][0]}", packed)
 
 
 both_json = pytest.mark.parametrize("form", ["json", "gzip"])
@@ -286,13 +254,17 @@ MIXED = b'\xef\xbb\xbf{"text": "a"}\r\n\r\n \t\n  {"text": "b"} \n\n\n{"text": "
 @pytest.mark.parametrize("ending", [b"", b"\n", b"\n \n\n"])
 def test_blank_lines_and_missing_last_ends_and_blocks_do_not_matter(form, block, ending, tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "BLOCK", block)
-    assert texts_of(opened(form, json_file(form, tmp_path, MIXED + ending))) == ["a", "b", "c"]
-    assert texts_of(opened(form, json_file(form, tmp_path, b"\n\n" + MIXED[3:] + ending))) == ["a", "b", "c"]
+    assert shards.texts_of(shards.opened(form, json_file(form, tmp_path, MIXED + ending))) == ["a", "b", "c"]
+    assert shards.texts_of(shards.opened(form, json_file(form, tmp_path, b"\n\n" + MIXED[3:] + ending))) == [
+        "a",
+        "b",
+        "c",
+    ]
 
 
 @both_json
 def test_blank_lines_alone_are_no_documents(form, tmp_path):
-    assert len(opened(form, json_file(form, tmp_path, b"\n \n"))) == 0
+    assert len(shards.opened(form, json_file(form, tmp_path, b"\n \n"))) == 0
 
 
 @both_json
@@ -311,20 +283,22 @@ def test_blank_lines_alone_are_no_documents(form, tmp_path):
 )
 def test_a_bad_line_is_refused_with_its_number_and_the_others_are_read(form, line, what, tmp_path):
     path = json_file(form, tmp_path, b'{"text": "a"}\n\n' + line + b'\n{"text": "b"}\n')
-    shard = opened(form, path)
+    shard = shards.opened(form, path)
     assert (shard.text(0), shard.text(2)) == ("a", "b")
     assert f"{path} {what}" in shards.refusal(shard.text, 1)
 
 
 def test_surrogates_in_pairs_are_characters(tmp_path):
-    assert texts_of(opened("json", json_file("json", tmp_path, rb'{"text": "\ud83d\ude00"}'))) == ["\N{GRINNING FACE}"]
+    assert shards.texts_of(shards.opened("json", json_file("json", tmp_path, rb'{"text": "\ud83d\ude00"}'))) == [
+        "\N{GRINNING FACE}"
+    ]
 
 
 @both_json
 def test_json_of_another_kind_is_refused_when_it_is_opened(form, tmp_path):
     for content in (json.dumps([{"text": "a"}]).encode(), json.dumps({"text": "a"}, indent=1).encode()):
         path = json_file(form, tmp_path, b"\n" + content)
-        message = shards.refusal(opened, form, path)
+        message = shards.refusal(shards.opened, form, path)
         assert f"{path} line 2 is no JSON object, so that none of its documents are readable" in message
 
 
@@ -334,145 +308,8 @@ def test_text_cut_inside_a_line_is_refused_when_it_is_opened(form, tmp_path):
     for size in range(len(content) - 13, len(content) - 1):
         path = json_file(form, tmp_path, content[: size + 1])
         if size + 1 < len(content):
-            message = shards.refusal(opened, form, path)
+            message = shards.refusal(shards.opened, form, path)
             assert f"{path} ends inside line 4 (2 documents before it are readable); fetch the file again" in message
-
-
-# --- gzip ----------------------------------------------------------------------------------------------------------
-
-WORDS = [random.Random(seed).randbytes(5).hex() for seed in range(2000)]
-
-
-def documents(num, seed=0):
-    rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=rng.randrange(200))) for _ in range(num)]
-
-
-def pack(texts, level=6, strategy=zlib.Z_DEFAULT_STRATEGY):
-    packer = zlib.compressobj(level, zlib.DEFLATED, zlib.MAX_WBITS + 16, strategy=strategy)
-    return packer.compress(shards.json_lines({"text": text} for text in texts)) + packer.flush()
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        pytest.param(lambda texts: pack(texts), id="one member"),
-        pytest.param(lambda texts: pack(texts, level=0), id="stored"),
-        pytest.param(lambda texts: pack(texts, strategy=zlib.Z_FIXED), id="fixed codes"),
-        pytest.param(lambda texts: pack(texts[:300]) + pack([]) + pack(texts[300:]) + bytes(99), id="three, padded"),
-        pytest.param(lambda texts: b"".join(pack([text]) for text in texts), id="a member a document"),
-        pytest.param(
-            lambda texts: b"".join(
-                gzip.compress(content[i : i + 5000])
-                for content in [shards.json_lines({"text": text} for text in texts)]
-                for i in range(0, len(content), 5000)
-            ),
-            id="members that cut documents",
-        ),
-    ],
-)
-def test_gzip_reads_at_random_from_any_packer(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(zipped, "_SPACING", 2**16)
-    texts = documents(1000)
-    shard = opened("gzip", damaged(tmp_path, "x.json.gz", make(texts)))
-    assert shard._points.num_ints >= 5 * 8  # so that windows and bit offsets matter
-    assert [shard.text(i) for i in reversed(range(1000))] == texts[::-1]
-
-
-def test_gzip_points_begin_at_every_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(zipped, "_SPACING", 2**16)
-    shard = opened("gzip", damaged(tmp_path, "x.json.gz", pack(documents(5000))))
-    points = shard._points.ints(0, shard._points.num_ints).reshape(-1, 5)
-    assert set(points[:, 2].tolist()) == set(range(8))
-
-
-def test_a_gzip_read_costs_the_spacing_and_not_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(zipped, "_SPACING", 2**16)
-    shard = opened("gzip", damaged(tmp_path, "x.json.gz", pack(documents(5000))))
-    lengths = []
-    original = storage.read
-    monkeypatch.setattr(
-        storage, "read", lambda file, *a: (lengths.append(a[1]) if file is shard.file else 0) or original(file, *a)
-    )
-    assert shard.text(4321) == documents(5000)[4321]
-    assert len(lengths) == 1
-    assert lengths[0] < shard.file.size / 20
-
-
-def test_gzip_of_a_thousandfold_ratio_is_decompressed_a_block_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "BLOCK", 2**14)
-    monkeypatch.setattr(zipped, "_SPACING", 2**16)
-    longest = []
-    add = lines.LineFinder.add
-    monkeypatch.setattr(lines.LineFinder, "add", lambda self, block: longest.append(len(block)) or add(self, block))
-    texts = ["a" * 1000] * 3000
-    shard = opened("gzip", damaged(tmp_path, "x.json.gz", pack(texts, level=9)))
-    assert texts_of(shard) == texts
-    assert shard.file.size < 20_000
-    assert max(longest) == 2**14
-
-
-def test_a_gzip_pass_that_goes_back_sees_every_byte_once(tmp_path):
-    (file,) = storage.find(str(damaged(tmp_path, "x.json.gz", pack(["one", "two", "three"]))))
-    again = zipped._GzipPass(file)
-    again.read(30)
-    assert [part.tolist() for part, _ in again.run()] == [part.tolist() for part, _ in zipped._GzipPass(file).run()]
-
-
-def test_a_gzip_file_cut_anywhere_is_refused_with_what_is_readable(tmp_path):
-    texts = ["one", "two", "three"]
-    whole = pack(texts)
-    for size in range(1, len(whole)):
-        path = damaged(tmp_path, "x.json.gz", whole[:size])
-        message = shards.refusal(opened, "gzip", path)
-        assert f"{path} ends inside line " in message
-    assert "ends inside line 4 (3 documents before it are readable); fetch the file again" in message
-    path = damaged(tmp_path, "x.json.gz", whole + whole[:-20])  # inside the second member
-    assert f"{path} ends inside line " in shards.refusal(opened, "gzip", path)
-
-
-def test_a_cut_gzip_file_of_many_blocks_counts_its_documents(tmp_path):
-    texts = documents(1000)
-    whole = pack(texts)
-    path = damaged(tmp_path, "x.json.gz", whole[: len(whole) // 2])
-    text = zlib.decompressobj(zlib.MAX_WBITS + 16).decompress(whole[: len(whole) // 2])
-    num = text.count(b"\n")
-    assert 300 < num < 700
-    message = shards.refusal(opened, "gzip", path)
-    assert f"ends inside line {num + 1} ({num} documents before it are readable)" in message
-
-
-def test_a_flipped_bit_in_gzip_data_is_refused_when_it_is_opened(tmp_path):
-    whole = pack(["one", "two", "three"] * 5)
-    for at in range(10, len(whole)):  # after the header, in which a time and a name mean nothing
-        content = bytearray(whole)
-        content[at] ^= 1 << at % 8
-        path = damaged(tmp_path, "x.json.gz", content)
-        assert str(path) in shards.refusal(opened, "gzip", path)
-    content = bytearray(whole)
-    content[-8] ^= 1
-    message = shards.refusal(opened, "gzip", damaged(tmp_path, "x.json.gz", content))
-    assert "incorrect data check; at most 0 documents before it are readable); fetch" in message
-
-
-def test_bytes_after_the_gzip_data_are_refused(tmp_path):
-    path = damaged(tmp_path, "x.json.gz", pack(["one"]) + b"garbage")
-    assert f"{path} is damaged" in shards.refusal(opened, "gzip", path)
-
-
-def test_a_damaged_window_of_the_cached_points_is_refused(tmp_path, cache_folder, monkeypatch):
-    monkeypatch.setattr(zipped, "_SPACING", 2**16)
-    path = damaged(tmp_path, "x.json.gz", pack(documents(1000)))
-    opened("gzip", path)
-    (stored,) = (cache_folder / "indices").glob("points-*")
-    content = bytearray(stored.read_bytes())
-    for at in range(-len(content) // 2, 0, 500):  # the last windows
-        content[at] ^= 1
-    stored.write_bytes(content)
-    shard = opened("gzip", path)
-    assert shard.text(0) == documents(1000)[0]
-    message = shards.refusal(shard.text, 999)
-    assert f"{path} is damaged in document 999" in message
 
 
 # --- Parquet -------------------------------------------------------------------------------------------------------
@@ -486,7 +323,7 @@ def test_a_damaged_window_of_the_cached_points_is_refused(tmp_path, cache_folder
 def test_parquet_reads_every_type_of_text(kind, tmp_path):
     table = pa.table({"n": list(range(4)), "text": pa.array(["a", "b", "a", "é"], pa.string()).cast(kind)})
     parquet.write_table(table, tmp_path / "x.parquet", row_group_size=2)
-    assert texts_of(opened("parquet", tmp_path / "x.parquet")) == ["a", "b", "a", "é"]
+    assert shards.texts_of(shards.opened("parquet", tmp_path / "x.parquet")) == ["a", "b", "a", "é"]
 
 
 def test_a_column_of_few_values_as_parquet_files_store_it_holds_labels(tmp_path):
@@ -502,8 +339,10 @@ def test_parquet_decodes_a_group_once_and_forgets_the_oldest(tmp_path, monkeypat
     groups = []
     original = tables.Parquet._read_group
     monkeypatch.setattr(tables.Parquet, "_read_group", lambda self, g: groups.append(g) or original(self, g))
-    shard = opened("parquet", shards.write(tmp_path, "parquet", ["x" * 300] * 30))  # groups of 3, about 900 bytes
-    texts_of(shard)
+    shard = shards.opened(
+        "parquet", shards.write(tmp_path, "parquet", ["x" * 300] * 30)
+    )  # groups of 3, about 900 bytes
+    shards.texts_of(shard)
     assert groups == list(range(10))
     shard.text(29)
     shard.text(26)
@@ -523,20 +362,20 @@ def test_parquet_decodes_a_group_once_and_forgets_the_oldest(tmp_path, monkeypat
 def test_parquet_damage_and_nulls_are_refused(tmp_path):
     whole = shards.write(tmp_path, "parquet", shards.TEXTS).read_bytes()
     for content in (whole[:-1], whole[: len(whole) // 2], whole[100:]):
-        path = damaged(tmp_path, "x.parquet", content)
-        message = str(outcome("parquet", path))
+        path = shards.damaged(tmp_path, "x.parquet", content)
+        message = str(shards.outcome("parquet", path))
         assert f"{path} is " in message
         assert message.endswith("fetch the file again")
 
     table = pa.table({"text": ["fine", None, "x"]})
     parquet.write_table(table, tmp_path / "null.parquet")
-    shard = opened("parquet", tmp_path / "null.parquet")
+    shard = shards.opened("parquet", tmp_path / "null.parquet")
     assert shard.text(0) == "fine"
     assert "null.parquet record 1 has null in the column 'text'" in shards.refusal(shard.text, 1)
 
     table = pa.table({"text": pa.array([b"fine", b"caf\xe9"])})
     parquet.write_table(table, tmp_path / "latin.parquet")
-    message = shards.refusal(opened("parquet", tmp_path / "latin.parquet").text, 1)
+    message = shards.refusal(shards.opened("parquet", tmp_path / "latin.parquet").text, 1)
     assert "latin.parquet record 1 is not UTF-8 at byte 3 (unexpected end of data)" in message
 
 
@@ -547,8 +386,8 @@ def test_a_parquet_page_with_a_checksum_is_checked(tmp_path):
     content = bytearray(path.read_bytes())
     at = content.rindex(texts[7].encode())
     content[at] ^= 1
-    path = damaged(tmp_path, "x.parquet", content)
-    shard = opened("parquet", path)
+    path = shards.damaged(tmp_path, "x.parquet", content)
+    shard = shards.opened("parquet", path)
     assert shard.text(4) == texts[4]
     assert f"{path} is damaged in records 5 to 9 (" in shards.refusal(shard.text, 7)
 
@@ -566,7 +405,7 @@ def test_a_text_file_is_a_document_as_it_stands_and_a_blank_one_is_none(tmp_path
         if len(text) <= lines.MAX_TEXT:
             (tmp_path / f"{i}.txt").write_bytes(text.encode())
             shard = text_shard(tmp_path / f"{i}.txt")
-            assert texts_of(pickle.loads(pickle.dumps(shard))) == ([text] if text.strip() else [])
+            assert shards.texts_of(pickle.loads(pickle.dumps(shard))) == ([text] if text.strip() else [])
             assert shard.num_skipped == (not text.strip())
 
 
@@ -582,7 +421,7 @@ def test_a_text_file_is_a_document_as_it_stands_and_a_blank_one_is_none(tmp_path
 def test_a_long_text_file_is_cut_at_blank_lines_else_at_lines_else_anywhere(tmp_path, paragraph, end):
     text = paragraph * (2**18 // len(paragraph) + 40) + "the end"
     (tmp_path / "long.txt").write_bytes(text.encode())
-    documents = texts_of(text_shard(tmp_path / "long.txt"))
+    documents = shards.texts_of(text_shard(tmp_path / "long.txt"))
     assert "".join(documents) == text
     assert len(documents) == 5
     assert all(2**16 - len(paragraph) <= len(document) <= 2**16 for document in documents[:-1])
@@ -592,7 +431,7 @@ def test_a_long_text_file_is_cut_at_blank_lines_else_at_lines_else_anywhere(tmp_
 def test_blank_pieces_of_a_long_text_file_are_counted(tmp_path):
     (tmp_path / "long.txt").write_bytes(b" " * 2**17 + b"word")
     shard = text_shard(tmp_path / "long.txt")
-    assert texts_of(shard) == ["word"]
+    assert shards.texts_of(shard) == ["word"]
     assert shard.num_skipped == 2
 
 
@@ -600,23 +439,3 @@ def test_text_that_is_not_utf_8_is_refused_when_it_is_opened(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     message = shards.refusal(text_shard, tmp_path / "latin.txt")
     assert f"{tmp_path / 'latin.txt'} is not UTF-8 at byte 3 (invalid continuation byte); convert it" in message
-
-
-def test_gzip_read_in_order_decompresses_each_part_of_the_file_once(tmp_path, monkeypatch):
-    texts = [f"{i} {'word ' * (i % 300)}" for i in range(6000)]
-    shard = sources.open_source(f"files:{shards.write(tmp_path, 'gzip', texts)}")
-    parts = []
-    real = zipped.GzipJsonLines._read_member
-
-    def counted(self, points, at, start, stop):
-        parts.append(at)
-        return real(self, points, at, start, stop)
-
-    monkeypatch.setattr(zipped.GzipJsonLines, "_read_member", counted)
-    assert list(shard) == texts
-    num_points = max(parts) + 1
-    assert num_points > 2
-    # the first line after a point alone, then the rest at once; a line may lie across two parts
-    assert len(parts) <= 3 * num_points
-    for i in random.Random(0).sample(range(6000), 200):  # and at random again
-        assert shard[i] == texts[i]

@@ -99,12 +99,17 @@ def fail(fault: str) -> None:
             time.sleep(1000)
 
 
-def run(workdir: pathlib.Path, jobs: int) -> runner.Runner:
+def run(workdir: pathlib.Path, jobs: int, **options) -> runner.Runner:
     """What the command does with a sweep, but for what it says."""
     folder.write(workdir, describe())
     folder.collect(workdir)
     ran = runner.Runner(
-        workdir, jobs=jobs, board=runner.Board(), command=[sys.executable, __file__, "point"], environment=os.environ
+        workdir,
+        jobs=jobs,
+        board=runner.Board(),
+        command=[sys.executable, __file__, "point"],
+        environment=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        **options,
     )
     ran.run([name for name in NAMES if not outcome.is_done(workdir / name)])
     return ran

@@ -59,12 +59,12 @@ def test_in_a_log_a_change_is_a_line_and_every_few_minutes_how_far_the_points_ar
     assert second == "a_s0 step 20/30, loss 3.0000, EMA 4.0000, 3:00 left"  # 10 steps in 3 minutes
     # 20 of 30 steps cost two thirds of its FLOPs; the three others cost as much each
     assert summary == "1 running, 3 waiting; about 30:00 left"
-    numbers = outcome.Numbers(seconds=540.0)
+    numbers = outcome.Numbers(seconds=540.0, loss=3.0, validation_loss=4.0)
     outcome.write(workdir / "a_s0", outcome.Outcome(status="done", numbers=numbers))
     shown.ended("a_s0", "done")
     shown.ended("a_s1", "failed: model.d_model=7 is odd; make it even")
     assert capsys.readouterr().err.splitlines() == [
-        "a_s0 done in 9:00, loss 3.0000, EMA 4.0000",
+        "a_s0 done in 9:00, loss 3.0000, validation loss 4.0000",
         "a_s1 failed: model.d_model=7 is odd; make it even",
     ]
 
@@ -111,7 +111,7 @@ def test_the_table_of_results_has_a_row_a_point_with_a_dash_for_what_there_is_no
     )  # fmt: skip
     outcome.write(workdir / "a_s0", outcome.Outcome(status="done", numbers=numbers))
     heads, first, second, *_ = board.table(folder.collect(workdir).points).splitlines()
-    assert heads.split() == "point status loss EMA validation tokens/s time dropped imbalance".split()
+    assert heads.split() == "point status loss EMA(0.001) validation tokens/s time dropped imbalance".split()
     assert first.split() == "a_s0 done 3.7000 3.7100 3.6800 4,000 3:21 2.1% 1.40".split()
     assert second.split() == ["a_s1", "waiting", *"-" * 7]
     assert len({len(line) for line in (heads, first, second)}) == 1

@@ -66,7 +66,7 @@ def train(config, folder):
     if config.model.moe.num_experts == 2:
         raise child.FailedError("step 3 is not finite")
     assert config.training.num_steps == {len(SECONDS)}
-    rows = [{{"step": 1, "loss": 1.0, "tokens_per_second": 1.0}} | row for row in {ROWS}]
+    rows = [{{"step": n + 1, "loss": 1.0, "tokens_per_second": 1.0}} | row for n, row in enumerate({ROWS})]
     files.write(folder / "metrics.jsonl", "".join(json.dumps(row) + chr(10) for row in rows))
     files.write(folder / "data.json", json.dumps({{"validation_tokens": 512, "validation_documents": 1}}))
     return config.training.num_steps
@@ -82,7 +82,9 @@ def test_a_group_is_measured_once_and_one_that_cannot_be_is_told_and_left_out():
     assert list(seconds) == ["e4_s0", "e4_s1"]
     assert seconds["e4_s0"] == seconds["e4_s1"] == pytest.approx(13 + 1000 + 4 * 2 * 0.25 + 9 * 0.5, abs=0.1)
     assert said == [
-        "measuring 2 points, 5 steps of each; --probe_steps=0 leaves it out",
+        "measuring 2 points, 5 steps of each, up to 600 s; --probe_steps=0 leaves it out",
+        "measuring e4_s0",
+        "measuring e2_s0",
         "how long e2_s0 takes is not known: its probe failed: step 3 is not finite",
     ]
     assert json.dumps(seconds)

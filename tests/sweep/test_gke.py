@@ -1,6 +1,7 @@
 """A JobSet a point: its pods train what the sweep says, by scripts/launch_gke.py and its manifest."""
 
 import json
+import pathlib
 import subprocess
 
 import job_set
@@ -89,6 +90,18 @@ def test_what_the_script_refuses_is_one_line(file, change, line, capsys):
     assert cli.run(arguments(file, "--dry-run", **change)) == 2
     (refusal,) = capsys.readouterr().err.splitlines()
     assert refusal.startswith(f"moejax: {line}")
+
+
+@pytest.mark.parametrize("name", ["granularity.py:law", "tables.py:table_7", "experts_25m.py"])
+def test_a_sweep_of_ours_goes_with_what_stands_after_its_colon(name, tmp_path, capsys):
+    file = pathlib.Path(__file__).parents[2] / "configs" / "sweeps" / name
+    point = grid.points(overrides.read_sweep(str(file), []))[-1]
+    assert cli.run(arguments(file, "--dry-run", f"--only={point.name}", workdir="gs://bucket/runs")) == 0
+    tools = launches.make_tools(tmp_path)
+    command, variables = launches.pod(capsys.readouterr().out, tools)
+    assert subprocess.run(command, env=variables, check=False).returncode == 0
+    _, _, config, *rest = launches.calls(tools)[-1][0]
+    assert overrides.read_config(config.removeprefix("--config="), rest) == point.config
 
 
 def test_two_points_do_not_share_a_job_set(file, capsys):

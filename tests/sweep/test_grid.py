@@ -1,5 +1,6 @@
 """Laws of grids: which points they make, under which names, and what stays equal across them."""
 
+import copy
 import subprocess
 import sys
 
@@ -218,6 +219,13 @@ def test_grids_that_cannot_be_are_refused_in_one_line(make, message):
     ("rows", "options", "message"),
     [
         ([], {}, "the grid of get_sweep() has no rows; give it some"),
+        (
+            [grid.over(E, 4), *grid.named("mamba", MAMBA)],
+            {},
+            "the grid of get_sweep() holds what is no row; join grids with +, as in over(...) + named(...)",
+        ),
+        (grid.over(E, 4), {"seeds": 5}, "seeds=5 must be a tuple of whole numbers; write seeds=(0, 1, 2)"),
+        (grid.over(E, 4), {"seeds": ("0",)}, "seeds=('0',) must be a tuple of whole numbers; write seeds=(0, 1, 2)"),
         (grid.over(E, 4), {"seeds": (1, 1)}, "seeds=(1, 1) must differ; change them"),
         (grid.over(E, 4), {"baseline": "mamba"}, "baseline=mamba is no point of the sweep; choose one of e4"),
         (
@@ -278,3 +286,12 @@ def test_every_measure_has_a_constraint():
 def test_declaring_a_sweep_imports_no_jax():
     program = "import sys, moejax.sweep.grid; sys.exit('jax' in sys.modules or 'flax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_row_from_a_config_is_that_config(base):
+    other = copy.deepcopy(base)
+    other.model.period, other.optimizer.learning_rate = ("mamba", "mlp"), 0.5
+    [point] = grid.points(grid.Sweep(base, grid.from_config("other", other, base), seeds=(base.training.seed,)))
+    assert point.settings == {"model.period": ["mamba", "mlp"], "optimizer.learning_rate": 0.5}
+    other.data.seed = other.training.seed
+    assert point.config == other

@@ -244,3 +244,10 @@ def test_each_of_two_processes_has_its_own_cores(tmp_path):
     assert finish(start(tmp_path, jobs=2)) == {}
     shares = runner.core_shares(2, os.environ)
     assert {tuple(row["cores"]) for row in attempts(tmp_path)} == {tuple(sorted(cores)) for cores in shares}
+
+
+def test_an_attempt_over_its_limit_ends_and_the_others_go_on(tmp_path):
+    (tmp_path / "faults.json").write_text(json.dumps({"a_s0": ["hang@3"]}))
+    ran = stub_sweep.run(tmp_path, 2, limit=5.0, attempts=1)
+    assert ran.problems == {"a_s0": "failed: it took over 5 s"}
+    assert statuses(tmp_path) == {"a_s0": "failed"} | dict.fromkeys(stub_sweep.NAMES[1:], "done")

@@ -2,9 +2,12 @@
 
 import ast
 import pathlib
+import runpy
 
 import pytest
 
+from moejax import config as config_lib
+from moejax.analysis import scaling_forms
 from moejax.cli import overrides
 from moejax.sweep import cost, grid, listing
 
@@ -33,7 +36,7 @@ def test_the_lab_book_has_a_line_for_each_point_with_its_counts(file):
         moe = point.config.model.moe
         if point.config.model.has_experts and "width" in lines["point"]:
             assert {f"{moe.num_experts}", f"{moe.d_expert}"} <= set(lines[point.group])
-    if "iso_active" in book:
+    if any(row.held for row in overrides.read_sweep(str(FOLDER / file), []).grid):
         actives, flops = [active for _, active in counts], [cost.flops(point.config) for point in points]
         assert max(actives) / min(actives) < 1.01
         assert max(flops) / min(flops) < 1.03  # of what Mamba's parameters do, some is no matrix product
@@ -47,7 +50,7 @@ def test_table_4_has_its_models():
         f"{group}_s0": pair for group, pair in table.items()
     }
     assert [grid.axes(point)["experts"] for point in points] == [0, 1, 4, 8, 16, 32]
-    assert {cost.tokens(point.config) for point in points} == {15_000 * 64 * 1024}
+    assert {cost.tokens(point.config) for point in points} == {15_001 * 64 * 1024}
 
 
 def test_table_2_has_its_models():
@@ -71,6 +74,43 @@ def test_a_longer_run_of_more_seeds_is_two_options():
 def test_the_law_of_granularity_varies_size_tokens_and_granularity():
     sweep = overrides.read_sweep(str(FOLDER / "granularity.py:law"), [])
     names = [row.name for row in sweep.grid]
-    assert (len(names), names[0], names[-1]) == (2 * 2 * 5, "d256_num_steps5000_g1", "d512_num_steps15000_g16")
+    assert (len(names), names[0], names[-1]) == (27, "d256_num_steps4000_g1", "d512_num_steps16000_g16")
+    cells = [
+        scaling_forms.Cell(
+            expansion=grid.axes(point)["experts"] / point.granularity,
+            granularity=point.granularity,
+            active=cost.parameters(point.config.model)["non_embedding_active"],
+            tokens=cost.tokens(point.config),
+        )
+        for point in grid.points(sweep)
+    ]
+    form = scaling_forms.choose(cells)
+    assert form.formula == "L = c + (g / G^gamma + a) / N^alpha + b / D^beta"
     for held in (row.held[0] for row in sweep.grid):  # within one size and length
         assert (held.measure, held.varied) == ("active", ("granularity",))
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "first", "last"),
+    [
+        ("table_1", 4, "mamba_25m", "transformer_25m"),
+        ("table_1_100m,mini", 3, "mamba_100m", "transformer_moe_100m"),
+        ("table_2,mini", 7, "mamba_1b", "ratio_6_0"),
+        ("table_3", 15, "mamba_1b", "inner_conv_gate_out_alternate"),
+        ("table_4,mini", 6, "mamba_1b", "experts_32"),
+        ("table_7,mini", 13, "mamba_1b", "parallel_32"),
+    ],
+)
+def test_a_table_is_a_sweep_over_its_rows(name, number, first, last):
+    points = points_of(f"tables.py:{name}")
+    assert (len(points), points[0].group, points[-1].group) == (number, first, last)
+    get_config = runpy.run_path(str(FOLDER.parent / "moe_mamba.py"))["get_config"]
+    for point in points:
+        row = get_config(point.group + ",mini" * name.endswith("mini"))
+        row.data.seed = row.training.seed = 0  # a seed of a sweep is both
+        assert point.config == row
+
+
+def test_a_table_that_there_is_not_is_refused():
+    with pytest.raises(config_lib.ConfigError, match=r"table_9 is no table; write one of table_1, .*table_7"):
+        overrides.read_sweep(str(FOLDER / "tables.py:table_9"), [])

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import pathlib
+import re
 
 import pytest
 import stub_sweep
@@ -11,6 +12,7 @@ import stub_sweep
 from moejax import config as config_lib
 from moejax import files
 from moejax.analysis import sweep_results
+from moejax.config import plain
 from moejax.sweep import folder, outcome
 
 
@@ -99,15 +101,47 @@ def test_a_folder_that_holds_something_else_is_refused_in_one_line(tmp_path, nam
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"status": "fine", "error": null, "numbers": {}}', "{"])
-def test_a_damaged_outcome_is_named(workdir, content):
+def test_a_damaged_outcome_is_named_and_fails_its_point_alone(workdir, content):
     (workdir / "a_s0").mkdir()
     (workdir / "a_s0" / outcome.FILE).write_text(content)
-    with pytest.raises(config_lib.ConfigError, match=r"a_s0/result\.json .*(remove it|mend or remove it)$"):
-        folder.collect(workdir)
+    outcome.write(workdir / "a_s1", outcome.Outcome(status="done", numbers=outcome.Numbers(loss=1.5)))
+    damaged, good, *_ = folder.collect(workdir).points
+    assert damaged.status == "failed"
+    assert re.search(r"a_s0/result\.json .*(remove it|mend or remove it)$", damaged.error)
+    assert (good.status, good.loss) == ("done", 1.5)
+    assert not outcome.is_done(workdir / "a_s0")
+    outcome.clear(workdir / "a_s0")  # its next run begins so
+    assert folder.collect(workdir).points[0].status == "waiting"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "made_with", "expected"),
+    [
+        (None, "{}", "does not go to step 30"),
+        ("", "{}", "does not go to step 30"),
+        ('{"step": 29}\n', "{}", "does not go to step 30"),
+        ('{"step": 30, "loss": 1.0}\n', "{}", "rows without seconds or speed"),
+        ('{"loss": 1.0}\n', "{}", "rows without a step"),
+        ("", "[]", "is no config"),
+    ],
+)
+def test_a_damaged_run_fails_its_point_alone(workdir, metrics, made_with, expected):
+    run = workdir / "a_s0"
+    (run / "checkpoints" / "30").mkdir(parents=True)
+    config = plain.to_dict(stub_sweep.describe().configs["a_s0"])
+    (run / "config.json").write_text(json.dumps(config) if made_with == "{}" else made_with)
+    if metrics is not None:
+        (run / "metrics.jsonl").write_text(metrics)
+    first, *rest = folder.collect(workdir).points
+    assert first.status == "failed"
+    assert expected in first.error
+    assert "\n" not in first.error
+    assert {row.status for row in rest} == {"waiting"}
 
 
 def test_the_end_of_a_run_of_experts_is_the_mean_over_its_layers_and_last_tenth(tmp_path):
     config = config_lib.Config()
+    config.training.num_steps = 20
     rows = [
         {
             "step": step, "loss": 4.0 - 0.1 * step, "seconds": 2.0, "tokens_per_second": 100.0 + step,
