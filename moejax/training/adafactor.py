@@ -5,9 +5,9 @@ and times that of the matrix. But our parameters are stacks: of periods, of expe
 halves of a gated activation. Each of their matrices has rows, columns, clipping and scale of its own, as if it were a
 parameter of its own, and the two dims of heads are one. That is what T5X does by its logical factor rules, where
 layers, stacks and experts are "batch" dims, and heads and their width are both columns (t5x/adafactor.py,
-t5x/contrib/moe/adafactor_utils.py). Two differences: T5X factors every stacked matrix, however small, and we those
-alone that it would factor by itself; Mesh-TensorFlow (optimize.py) has statistics an expert, but clips and scales the
-experts of a layer together.
+t5x/contrib/moe/adafactor_utils.py). One difference: T5X factors every stacked matrix, however small, and we those
+alone that it would factor by themselves. Mesh-TensorFlow (optimize.py) has statistics of each expert too, but clips and
+scales the experts of a layer together.
 """
 
 from typing import Any, NamedTuple
