@@ -72,8 +72,8 @@ def digest(*sides: InMemory) -> str:
 def encode(tokenizer: tokenizers.Tokenizer, text: str) -> np.ndarray:
     """The int32 tokens of a text, or of a pair (`pairs.join`); none of a blank one."""
     if isinstance(text, pairs.Pair):
-        sides = (encode(tokenizer, side).tolist() for side in (text.source, text.target))
-        return np.array(pairs.join(*sides, tokenizer.end_of_text), np.int32)
+        inputs, targets = (encode(tokenizer, side).tolist() for side in (text.source, text.target))
+        return np.array(pairs.join(inputs, targets, tokenizer.end_of_text), np.int32)
     return np.array(tokenizer.encode(text) if text.strip() else [], np.int32)
 
 

@@ -5,9 +5,9 @@ and times that of the matrix. But our parameters are stacks: of periods, of expe
 halves of a gated activation. Each of their matrices has rows, columns, clipping and scale of its own, as if it were a
 parameter of its own, and the two dims of heads are one. That is what T5X does by its logical factor rules, where
 layers, stacks and experts are "batch" dims, and heads and their width are both columns (t5x/adafactor.py,
-t5x/contrib/moe/adafactor_utils.py). Two differences: T5X factors every stacked matrix, however small, and we those
-alone that it would factor by itself; Mesh-TensorFlow (optimize.py) has statistics an expert, but clips and scales the
-experts of a layer together.
+t5x/contrib/moe/adafactor_utils.py). One difference: T5X factors every stacked matrix, however small, and we those
+alone that it would factor by themselves. Mesh-TensorFlow (optimize.py) has statistics of each expert too, but clips and
+scales the experts of a layer together.
 """
 
 from typing import Any, NamedTuple
@@ -94,15 +94,16 @@ def scale_by_adafactor(config: config_lib.AdafactorConfig) -> optax.GradientTran
         trees = {name: structure.unflatten([moment[name] for moment in moments]) for name in ("v_row", "v_col", "v")}
         return optax.FactoredState(count=jnp.zeros((), jnp.int32), **trees)
 
-    def update(grads: Any, state: optax.FactoredState, params: Any = None) -> tuple[Any, optax.FactoredState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         def of(parameter: nnx.Variable, *others: nnx.Variable) -> tuple[nnx.Variable, ...]:
             here = layout(parameter)
 
-            def of_matrix(weight: Array, gradient: Array, *moments: Array) -> tuple[Array, ...]:
+            def of_matrix(weight: Array, gradient: Array, *moments: Array) -> tuple[Any, ...]:
                 shape, weight = weight.shape, weight.reshape(here.shape)
                 before = optax.FactoredState(state.count, *moments)
-                direction, after = squares.update(gradient.reshape(here.shape), before, weight)
-                direction, _ = bound.update(direction, bound.init(weight), weight)
+                scaled, after = squares.update(gradient.reshape(here.shape), before, weight)
+                assert isinstance(after, optax.FactoredState)
+                direction: Any = bound.update(scaled, bound.init(weight), weight)[0]
                 return direction.reshape(shape), after.v_row, after.v_col, after.v
 
             for outer, dim in reversed(list(enumerate(here.stacks))):
@@ -112,10 +113,10 @@ def scale_by_adafactor(config: config_lib.AdafactorConfig) -> optax.GradientTran
             return tuple(other.replace(array) for other, array in zip(others, arrays, strict=True))
 
         leaves, structure = jax.tree.flatten(params, is_leaf=_is_variable)
-        others = (structure.flatten_up_to(tree) for tree in (grads, state.v_row, state.v_col, state.v))
+        others = (structure.flatten_up_to(tree) for tree in (updates, state.v_row, state.v_col, state.v))
         results = zip(*(of(*variables) for variables in zip(leaves, *others, strict=True)), strict=True)
-        updates, v_row, v_col, v = (structure.unflatten(column) for column in results)
-        return updates, optax.FactoredState(state.count + 1, v_row, v_col, v)
+        directions, v_row, v_col, v = (structure.unflatten(column) for column in results)
+        return directions, optax.FactoredState(state.count + 1, v_row, v_col, v)
 
     return optax.GradientTransformation(init, update)
 

@@ -65,7 +65,7 @@ class Stop:
 
 
 def train(config: config_lib.Config, workdir: pathlib.Path) -> int:
-    """Trains to training.num_steps, or goes on from the newest checkpoint in workdir.
+    """Trains to training.num_steps, or goes on from the newest checkpoint in workdir; see `initial` for a new run.
 
     Writes config.json, data.json, tokenizer.json, metrics.jsonl, TensorBoard events and checkpoints/ into workdir.
     Where jax runs several processes, each calls this; process 0 alone writes, but for each one's part of a checkpoint.
