@@ -59,7 +59,7 @@ Where paper and code differ, and what gives the other reading:
 - Losses of layers are added, as in Mesh-TensorFlow; T5X has their mean: --config.model.moe.layer_reduction=mean. T5X
   has no jitter, and Mesh-TensorFlow's schedule falls to 0 over the last tenth: --config.optimizer.linear_decay=0.1.
 
-NAME,finetune is its recipe for text-to-text pairs (section 4.1), in a file of JSON lines: dropout 0.1, 0.4 of the
+NAME,finetune is its recipe for pairs of texts (section 4.1), JSON lines with input and target: dropout 0.1, 0.4 of the
 experts' hidden units, learning rate 0.001, 16,000 steps. NAME,mini is the row in small, 4 layers of width 128 a stack
 and an eighth of the experts, 32 at most, on text that needs no files: Wikipedia lead sections, BPE of 1,024 tokens with
 its sentinels, 2,000 steps of 8 rows of 256; a fiftieth of the steps, as there, are at the first rate. Both:
@@ -228,6 +228,7 @@ def _finetune(c: config.Config) -> config.Config:
     if c.model.has_experts:
         c.model.moe.expert_dropout = 0.4
     c.data.source, c.data.objective, c.data.packing = "files:pairs.jsonl", "text_to_text", "pad"
+    c.data.text_field, c.data.target_field = "input", "target"
     c.optimizer.schedule, c.optimizer.learning_rate, c.optimizer.warmup_steps = "constant", 1e-3, 0
     c.training.num_steps, c.training.eval_every = 16_000, 200
     return c
