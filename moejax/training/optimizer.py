@@ -7,8 +7,9 @@ from flax import nnx
 from moejax import config as config_lib
 
 # Matrices in shape that are not weights of a linear map: Mamba's reference code does not decay A_log, and the
-# convolution is depthwise. An embedding row is a vector a token, and a row of a bias one an expert.
-_NOT_WEIGHTS = ("A_log", "conv_kernel", "embedding", "up_bias", "down_bias")
+# convolution is depthwise. An embedding row is a vector a token, a row of a bias one an expert, and one of the table of
+# relative positions a bias a head.
+_NOT_WEIGHTS = ("A_log", "conv_kernel", "embedding", "up_bias", "down_bias", "table")
 
 
 def schedule(config: config_lib.Config) -> optax.Schedule:
