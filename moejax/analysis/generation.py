@@ -203,6 +203,11 @@ def write(
       ConfigError: a prompt and its continuation are longer than max_length, or there is no such label.
     """
     tokenizer = run.tokenizer
+    if run.config.model.has_encoder:
+        raise config_lib.ConfigError(
+            f"--workdir={run.workdir} is the run of an encoder-decoder, whose text moejax does not write yet; "
+            "name the run of a decoder alone"
+        )
     prompts = [[tokenizer.end_of_text, *tokenizer.encode(prompt)] for prompt in request.prompts]
     _check_length(run, prompts, request)
     number_B = np.tile(np.arange(request.num_samples), len(prompts))

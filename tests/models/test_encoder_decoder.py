@@ -15,6 +15,7 @@ from moejax.ops import dropout
 
 VOCAB, D_MODEL, LENGTH, TARGETS = 13, 8, 6, 4
 ENCODER_MASK = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+DEEP = {"num_encoder_periods": 2, "num_periods": 3}
 DECODER_MASK = np.array([[1, 1, 1, 0], [1, 1, 1, 1]])
 
 
@@ -116,7 +117,7 @@ def stack_by_loops(stack, x, mask, memory, memory_mask):
 
 
 def test_logits_equal_loops_over_layers_heads_and_positions(fill):
-    model, (inputs, targets) = fill(lambda: make(settings(num_encoder_periods=2, num_periods=2))), draw_tokens()
+    model, (inputs, targets) = fill(lambda: make(settings(**DEEP))), draw_tokens()
     logits, _ = run(model, inputs, targets)
     counted = DECODER_MASK == 1
     expected = by_loops(model, inputs, targets)[counted]
@@ -125,7 +126,7 @@ def test_logits_equal_loops_over_layers_heads_and_positions(fill):
 
 def test_a_target_depends_on_its_past_and_the_whole_encoder_and_on_no_padding(fill):
     """Bit for bit, in both directions: what it may see changes it."""
-    model, (inputs, targets) = fill(lambda: make(settings())), draw_tokens()
+    model, (inputs, targets) = fill(lambda: make(settings(**DEEP))), draw_tokens()
     logits, _ = run(model, inputs, targets)
     counted = DECODER_MASK == 1
     for change_at, mask, of in ((4, ENCODER_MASK, 0), (2, DECODER_MASK, 1)):
@@ -143,7 +144,7 @@ def test_a_target_depends_on_its_past_and_the_whole_encoder_and_on_no_padding(fi
 
 def test_statistics_are_those_of_the_encoder_and_then_of_the_decoder(fill):
     """By depth; each layer has the tokens of its stack, and -1 for the preference of those of the other."""
-    config = settings(num_encoder_periods=2, num_periods=3)
+    config = settings(**DEEP)
     model, (inputs, targets) = fill(lambda: make(config)), draw_tokens()
     _, aux = run(model, inputs, targets)
     np.testing.assert_array_equal(aux.count_E.sum(axis=1), [ENCODER_MASK.sum()] * 2 + [DECODER_MASK.sum()] * 3)

@@ -10,6 +10,7 @@ import numpy as np
 
 from moejax import config as config_lib
 from moejax import partition, rules
+from moejax.analysis import reduction
 from moejax.training import state
 
 
@@ -23,6 +24,8 @@ class Run(NamedTuple):
 
 
 def make_batch(config: config_lib.Config, seed: int = 0) -> dict[str, np.ndarray]:
+    if config.model.has_encoder:
+        return reduction.batch(config)
     rng = np.random.default_rng(seed)
     shape = (config.data.batch_size, config.data.seq_length)
     lengths = rng.integers(shape[1] // 3, shape[1] + 1, size=shape[0])  # some padding, unequal over the rows

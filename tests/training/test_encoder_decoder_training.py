@@ -1,0 +1,83 @@
+"""An encoder-decoder trains on any mesh as on one device, goes on after a stop bit for bit, and is evaluated."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import steps
+import tiny
+
+from moejax import config as config_lib
+from moejax import partition
+from moejax.analysis import generation
+from moejax.analysis import run as run_lib
+from moejax.training import state, trainer
+
+TIMINGS = ("seconds", "tokens_per_second")
+
+
+def settings(folder="unused", **mesh):
+    """A Switch Transformer with all the noise there is: dropout, jitter, expert dropout."""
+    c = tiny.get_config(str(folder))
+    c.model = config_lib.ModelConfig(
+        vocab_size=360,
+        d_model=16,
+        encoder_period=("attention",),
+        num_encoder_periods=1,
+        period=("cross_attention", "moe"),
+        num_periods=1,
+        dropout=0.1,
+        init_scale=1.0,
+    )
+    c.model.attention = config_lib.AttentionConfig(num_heads=2, d_head=6, position="relative", num_buckets=8)
+    c.model.moe = config_lib.MoeConfig(router="switch", num_experts=4, d_expert=16, expert_dropout=0.1)
+    c.model.mlp.d_ff = 16
+    c.data.objective, c.data.packing = "span_corruption", "concatenate"
+    c.mesh = config_lib.MeshConfig(data=1, **mesh) if mesh else c.mesh
+    return c
+
+
+def test_eight_devices_give_the_losses_and_parameters_of_one():
+    """With dropout in every place. 1e-5: sums in another order. (`moejax verify` compares experts on every mesh.)"""
+    runs = []
+    for mesh in ({}, {"fsdp": 4, "tensor": 2}):
+        config = settings(**mesh)
+        config.model.period = ("cross_attention", "mlp")
+        runs.append(steps.run(config, 2))
+    for one, other in zip(*(run.metrics for run in runs), strict=True):
+        assert float(one["tokens"]) == float(other["tokens"]) > 0
+        for name in ("loss", "grad_norm"):
+            assert float(other[name]) == pytest.approx(float(one[name]), rel=1e-5)
+    assert float(runs[0].metrics[0]["loss"]) != float(runs[0].metrics[1]["loss"])
+    for one, other in zip(*(jax.tree.leaves(run.models[0]) for run in runs), strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5 * max(1, np.abs(one).max()))
+
+
+def test_dropout_alone_is_noise():
+    config = settings()
+    config.model.moe.jitter = config.model.moe.expert_dropout = 0.0
+    assert state._has_noise(config.model)
+    config.model.dropout = 0.0
+    assert not state._has_noise(config.model)
+
+
+def test_a_run_trains_is_evaluated_and_counts_churn_in_both_stacks(tmp_path, monkeypatch):
+    make_mesh = partition.make_mesh
+    monkeypatch.setattr(partition, "make_mesh", lambda config, devices=None: make_mesh(config, jax.devices()[:1]))
+    config = settings(tiny.write_corpus(tmp_path / "corpus"))
+    config.model.encoder_period = ("attention", "moe")
+    config.training.num_steps, config.training.eval_every, config.checkpoint.every = 4, 2, 4
+    assert trainer.train(config, tmp_path / "run") == 4
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert len(rows[-1]["churn"]) == 2  # a layer each of encoder and decoder
+
+    run = run_lib.load(tmp_path / "run")
+    summary = run_lib.evaluate_run(run)
+    assert summary["loss"] == pytest.approx(rows[-1]["validation_loss"], rel=1e-6)
+    assert summary["bits_per_byte"] is None
+    assert [round(sum(layer["preferred"]), 4) for layer in summary["routing"]["layers"]] == [1.0, 1.0]
+    with pytest.raises(config_lib.ConfigError, match="encoder-decoder") as error:
+        generation.write(run, generation.Request(prompts=("a",), num_tokens=1))
+    assert "\n" not in str(error.value)
