@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -29,14 +30,15 @@ INCOMPLETE = "\ufffd"  # what a tokenizer writes for the first bytes of a charac
 class Request:
     """What to write; the fields are the options of `moejax generate`.
 
-    prompts: what documents begin with; may be empty texts.
+    prompts: what documents begin with; may be empty texts. Of an encoder-decoder, texts with the names of sentinels in
+      the place of what is to be written: "Thank you <extra_id_0> me to your party <extra_id_1> week".
     num_tokens: how many tokens to write at most.
     num_samples: continuations of each prompt. A sample's draws depend on the seed and on its number alone, so a prompt
       is continued alike in any batch.
     temperature, top_k, top_p: see `generate.sample`.
     stop: a continuation ends before the first of these that occurs in it.
-    max_length: most tokens of prompt and continuation together; 0 means any number where the cache does not grow with
-      them, else data.seq_length, the length of training.
+    max_length: most tokens of prompt and continuation together (of an encoder-decoder, of either); 0 means any number
+      where the cache does not grow with them, else data.seq_length, the length of training.
     label: of the documents, for router=label; "" is the first label that the run's documents have.
     """
 
@@ -203,12 +205,7 @@ def write(
       ConfigError: a prompt and its continuation are longer than max_length, or there is no such label.
     """
     tokenizer = run.tokenizer
-    if run.config.model.has_encoder:
-        raise config_lib.ConfigError(
-            f"--workdir={run.workdir} is the run of an encoder-decoder, whose text moejax does not write yet; "
-            "name the run of a decoder alone"
-        )
-    prompts = [[tokenizer.end_of_text, *tokenizer.encode(prompt)] for prompt in request.prompts]
+    prompts = [_encode(run, prompt) for prompt in request.prompts]
     _check_length(run, prompts, request)
     number_B = np.tile(np.arange(request.num_samples), len(prompts))
     key = jax.random.key(request.seed)
@@ -221,6 +218,7 @@ def write(
         vocab_size=tokenizer.vocab_size,
         end_of_text=tokenizer.end_of_text,
         labels_B=np.full(len(number_B), _label_id(run, request.label), np.int32),
+        start=tokenizer.pad,  # as `data.corruption` has it
     )
     texts = [Continuation(p, tokenizer, request.stop) for p in request.prompts for _ in range(request.num_samples)]
     begin = time.perf_counter()
@@ -245,6 +243,35 @@ def write(
     )
 
 
+def _encode(run: run_lib.Run, prompt: str) -> list[int]:
+    """What the model reads: a beginning after the token that begins a document; inputs and the token that ends them.
+
+    Raises:
+      ConfigError: a sentinel that the tokenizer has not, or experts that need all tokens of a group.
+    """
+    tokenizer, model = run.tokenizer, run.config.model
+    if not model.has_encoder:
+        return [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+    router = model.moe.router
+    if model.has_experts and not config_lib.ROUTERS[router].causal:
+        raise config_lib.ConfigError(
+            f"--workdir={run.workdir} has model.moe.router={router}, whose experts choose among all tokens of a group: "
+            "it can't write; name a run with another router"
+        )
+    ids: list[int] = []
+    for place, piece in enumerate(re.split(r"<extra_id_(\d+)>", prompt)):
+        if place % 2 == 0:
+            ids += tokenizer.encode(piece)
+        elif int(piece) < tokenizer.num_sentinels:
+            ids.append(tokenizer.first_sentinel - int(piece))
+        else:
+            raise config_lib.ConfigError(
+                f"--prompt has <extra_id_{piece}>, and the tokenizer has {tokenizer.num_sentinels} sentinels; "
+                "number them from 0"
+            )
+    return [*ids, tokenizer.end_of_text]
+
+
 def _check_length(run: run_lib.Run, prompts: list[list[int]], request: Request) -> None:
     """Refuses what is longer than the cache may get."""
     limit, what = request.max_length, "--max_length"
@@ -254,12 +281,14 @@ def _check_length(run: run_lib.Run, prompts: list[list[int]], request: Request) 
         limit, what = run.config.data.seq_length, "data.seq_length, the rows that attention was trained on,"
     longest = max(range(len(prompts)), key=lambda place: len(prompts[place]))
     length = len(prompts[longest])
-    if length + request.num_tokens > limit:
-        which = "--prompt" if len(prompts) == 1 else f"prompt {longest + 1} of {len(prompts)}"
-        raise config_lib.ConfigError(
-            f"{which} has {length} tokens and --num_tokens={request.num_tokens} more are asked for, together over "
-            f"{what}={limit}; shorten the prompt, lower --num_tokens or raise --max_length"
-        )
+    which = "--prompt" if len(prompts) == 1 else f"prompt {longest + 1} of {len(prompts)}"
+    asked = f"{which} has {length} tokens and --num_tokens={request.num_tokens} more are asked for"
+    remedy = "shorten the prompt, lower --num_tokens or raise --max_length"
+    if run.config.model.has_encoder:
+        if max(length, request.num_tokens) > limit:
+            raise config_lib.ConfigError(f"{asked}, one of them over {what}={limit}; {remedy}")
+    elif length + request.num_tokens > limit:
+        raise config_lib.ConfigError(f"{asked}, together over {what}={limit}; {remedy}")
 
 
 def _label_id(run: run_lib.Run, label: str) -> int:
@@ -295,4 +324,5 @@ def complete(workdir: pathlib.Path) -> None:
     if not evaluated:
         run_lib.evaluate_run(run)
     if not sampled:
-        write(run, Request(prompts=("",), num_tokens=run.config.data.seq_length // 2))
+        begin = "<extra_id_0>" if run.config.model.has_encoder else ""
+        write(run, Request(prompts=(begin,), num_tokens=run.config.data.seq_length // 2))

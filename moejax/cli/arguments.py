@@ -88,7 +88,13 @@ def build() -> argparse.ArgumentParser:
         "generate", commands_lib.generate, 'moejax generate --workdir=runs/a --prompt="The river" --temperature=0.8'
     )
     takes_workdir(sub)
-    sub.add_argument("--prompt", action="append", default=[], help="how a document begins; may be given several times")
+    sub.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        help="how a document begins, or for an encoder-decoder a text with <extra_id_0>, <extra_id_1>, ... for what is "
+        "left out; may be given several times",
+    )
     sub.add_argument("--prompts", type=pathlib.Path, metavar="FILE", help="more prompts, one a line")
     sub.add_argument("--num_tokens", type=int, default=100, help="tokens to write at most (default 100)")
     sub.add_argument("--num_samples", type=int, default=1, help="continuations of each prompt (default 1)")

@@ -211,12 +211,20 @@ class Memory(NamedTuple):
     ids_BM: Array | None
 
 
+class MemoryCache(NamedTuple):
+    """Keys and values of a memory, and its ids_BM."""
+
+    key_BMHQ: Array
+    value_BMHQ: Array
+    ids_BM: Array | None
+
+
 class CrossAttention(nnx.Module):
     """softmax(q k^T / sqrt(Q)) v with the keys and values of a memory, then an output projection; no biases.
 
     A position sees the whole document of its own number, without positions (T5).
 
-    __call__(x_BLD, memory) -> y_BLD; `read` makes the keys and values of a memory.
+    __call__(x_BLD, memory) -> y_BLD; `step` does one position with what `read` makes of a memory.
     """
 
     def __init__(
@@ -251,23 +259,29 @@ class CrossAttention(nnx.Module):
         self, x_BLD: Array, memory: Memory, *, segment_ids_BL: Array | None = None, keys_B: Array | None = None
     ) -> Array:
         """segment_ids_BL: which document of the memory a position looks at; None: the whole memory."""
-        key_BMHQ, value_BMHQ = self.read(memory)
-        keep_BHLM = _keep(keys_B, self.dropout, key_BMHQ.shape[2], x_BLD.shape[1], key_BMHQ.shape[1])
+        keep_BHLM = _keep(keys_B, self.dropout, self.kv.shape[2], x_BLD.shape[1], memory.x_BMD.shape[1])
+        return self._attend(x_BLD, self.read(memory), segment_ids_BL, keep_BHLM)
+
+    def read(self, memory: Memory) -> MemoryCache:
+        """The keys and values of a memory."""
+        key_BMHQ, value_BMHQ = jnp.einsum("bmd,sdhq->sbmhq", memory.x_BMD, self.kv[...].astype(self.dtype))
+        return MemoryCache(key_BMHQ, value_BMHQ, memory.ids_BM)
+
+    def step(self, x_BD: Array, cache: MemoryCache) -> Array:
+        """One position, of the document 1."""
+        return self._attend(x_BD[:, None], cache, jnp.ones((x_BD.shape[0], 1), jnp.int32), None)[:, 0]
+
+    def _attend(self, x_BLD: Array, cache: MemoryCache, segment_ids_BL: Array | None, keep_BHLM: Array | None) -> Array:
         y_BLHQ = attention.attention(
             jnp.einsum("bld,dhq->blhq", x_BLD, self.query[...].astype(self.dtype)),
-            key_BMHQ,
-            value_BMHQ,
+            cache.key_BMHQ,
+            cache.value_BMHQ,
             segment_ids_BL=segment_ids_BL,
-            memory_ids_BM=memory.ids_BM,
+            memory_ids_BM=cache.ids_BM,
             causal=False,
             keep_BHLM=keep_BHLM,
         )
         return jnp.einsum("blhq,hqd->bld", y_BLHQ, self.out[...].astype(self.dtype))
-
-    def read(self, memory: Memory) -> tuple[Array, Array]:
-        """(key_BMHQ, value_BMHQ)."""
-        key_BMHQ, value_BMHQ = jnp.einsum("bmd,sdhq->sbmhq", memory.x_BMD, self.kv[...].astype(self.dtype))
-        return key_BMHQ, value_BMHQ
 
 
 def _keep(keys_B: Array | None, rate: float, num_heads: int, length: int, memory_length: int = 0) -> Array | None:

@@ -72,9 +72,7 @@ class Block(nnx.Module):
                         keys_B=keys_hidden_B,
                     )
                 case attention.CrossAttention():
-                    if memory is None:
-                        raise ValueError("cross_attention needs a memory; pass what an encoder has read")
-                    y_BLD = branch(normed_BLD, memory, segment_ids_BL=segment_ids_BL, keys_B=keys_hidden_B)
+                    y_BLD = branch(normed_BLD, _given(memory), segment_ids_BL=segment_ids_BL, keys_B=keys_hidden_B)
                 case mlp.Mlp():
                     y_BLD = branch(normed_BLD, keys_B=keys_hidden_B)
                 case mamba_moe.MambaMoe():
@@ -129,7 +127,7 @@ class Block(nnx.Module):
             x_BLD = x_BLD + y_BLD.astype(jnp.float32)
         return x_BLD, tuple(caches)
 
-    def init_cache(self, batch: int, max_length: int) -> tuple[Any, ...]:
+    def init_cache(self, batch: int, max_length: int, memory: attention.Memory | None = None) -> tuple[Any, ...]:
         """One cache a branch; None for a branch that looks at its own position only."""
         caches: list[Any] = []
         for branch in self.branches:
@@ -138,6 +136,8 @@ class Block(nnx.Module):
                     caches.append(branch.init_cache(batch))
                 case attention.Attention():
                     caches.append(branch.init_cache(batch, max_length))
+                case attention.CrossAttention():
+                    caches.append(branch.read(_given(memory)))
                 case _:
                     caches.append(None)
         return tuple(caches)
@@ -160,6 +160,8 @@ class Block(nnx.Module):
                     y_BD, cache = branch.step(normed_BD, cache)
                 case attention.Attention():
                     y_BD, cache = branch.step(normed_BD, cache, relative=relative)
+                case attention.CrossAttention():
+                    y_BD = branch.step(normed_BD, cache)
                 case mamba_moe.MambaMoe():
                     y_BD, cache = branch.step(normed_BD, cache, ids_B=ids_B, labels_B=labels_B)
                 case moe.Moe():
@@ -171,6 +173,12 @@ class Block(nnx.Module):
             new_caches.append(cache)
             x_BD = x_BD + y_BD.astype(jnp.float32)
         return x_BD, tuple(new_caches)
+
+
+def _given(memory: attention.Memory | None) -> attention.Memory:
+    if memory is None:
+        raise ValueError("cross_attention needs a memory; pass what an encoder has read")
+    return memory
 
 
 def fold_in(keys_B: Array | None, data: int | Array) -> Array | None:

@@ -3,6 +3,8 @@
 B batch, L encoder length, M decoder length, D model, V vocabulary.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -77,8 +79,49 @@ class EncoderDecoder(nnx.Module):
             keys_B=keys_decoder_B,
             train=train,
         )
-        logits_BMV = stack.logits(normed_BMD, self.embedding[...], self.head, scale=self.scale_logits)
-        return logits_BMV, _join(encoder_aux, decoder_aux, encoder_length, decoder_length)
+        return self._logits(normed_BMD), _join(encoder_aux, decoder_aux, encoder_length, decoder_length)
+
+    def prefill(
+        self, tokens_BL: Array, *, start_B: Array, max_length: int, valid_BL: Array | None = None
+    ) -> tuple[Array, dict[str, Any]]:
+        """Reads inputs of any lengths and starts their targets: (logits_BV of the first target, the cache).
+
+        Nothing is dropped in MoE layers, here as in `step`.
+
+        Args:
+          tokens_BL: the inputs, padded on the right.
+          start_B: the token before the first target.
+          max_length: targets that attention caches have room for.
+          valid_BL: False for padding. None: no padding.
+
+        Raises:
+          ValueError: a router that looks at all tokens of a group.
+        """
+        segment_ids_BL = jnp.ones(tokens_BL.shape, jnp.int32) if valid_BL is None else valid_BL.astype(jnp.int32)
+        x_BLD, _ = self.encoder.prefill_blocks(
+            self._embed(tokens_BL), max_length=tokens_BL.shape[1], segment_ids_BL=segment_ids_BL, ids_BL=tokens_BL
+        )
+        memory = attention.Memory(self.encoder.normed(x_BLD), segment_ids_BL)
+        return self.step(start_B, self.decoder.init_cache(len(tokens_BL), max_length, memory))
+
+    def init_cache(self, batch: int, max_length: int) -> dict[str, Any]:
+        """Of inputs of max_length tokens that are all zeros, before the first target; for its shapes."""
+        width = self.embedding.shape[1]
+        memory = attention.Memory(
+            jnp.zeros((batch, max_length, width), self.encoder.dtype), jnp.ones((batch, max_length), jnp.int32)
+        )
+        return self.decoder.init_cache(batch, max_length, memory)
+
+    def step(self, token_B: Array, cache: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
+        """One target a row: (logits_BV of the next, the next cache).
+
+        The caller keeps within the max_length of the cache.
+        """
+        x_BD, cache = self.decoder.step_blocks(self.embedding[...][token_B], cache, ids_B=token_B)
+        return self._logits(self.decoder.normed(x_BD)), cache
+
+    def _logits(self, normed_D: Array) -> Array:
+        return stack.logits(normed_D, self.embedding[...], self.head, scale=self.scale_logits)
 
     def _embed(self, tokens_BL: Array) -> Array:
         return partition.constrain(self.embedding[...][tokens_BL], "BLD")

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from moejax.models import lm
+from moejax.models import encoder_decoder
+from moejax.models import model as model_lib
 
 CHUNK = 16  # tokens a row that one call of the device draws at most
 
@@ -71,16 +72,17 @@ class _State(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """What stays the same over all tokens."""
+    """What stays the same over all tokens. start: before the first of them, in an encoder-decoder."""
 
     keys_B: Array
     labels_B: Array | None
+    start: Array
     end_of_text: Array
     temperature: Array
     top_p: Array
 
 
-_unstack = jax.jit(lm.unstack)
+_unstack = jax.jit(model_lib.unstack)
 
 
 def _draw(logits_BV: Array, rows: _Rows, count: Array, *, top_k: int, vocab_size: int) -> Array:
@@ -91,7 +93,7 @@ def _draw(logits_BV: Array, rows: _Rows, count: Array, *, top_k: int, vocab_size
 
 @functools.partial(jax.jit, static_argnames=("max_length", "top_k", "vocab_size"))
 def _begin(
-    model: lm.Lm,
+    model: model_lib.Model,
     tokens_BL: Array,
     valid_BL: Array,
     rows: _Rows,
@@ -101,7 +103,11 @@ def _begin(
     vocab_size: int,
 ) -> _State:
     """Reads the prompts and draws the first token."""
-    logits_BV, cache = model.prefill(tokens_BL, max_length=max_length, valid_BL=valid_BL, labels_B=rows.labels_B)
+    how = {"max_length": max_length, "valid_BL": valid_BL}
+    if isinstance(model, encoder_decoder.EncoderDecoder):
+        logits_BV, cache = model.prefill(tokens_BL, start_B=jnp.full(len(tokens_BL), rows.start), **how)
+    else:
+        logits_BV, cache = model.prefill(tokens_BL, labels_B=rows.labels_B, **how)
     count = jnp.zeros((), jnp.int32)
     token_B = _draw(logits_BV, rows, count, top_k=top_k, vocab_size=vocab_size)
     return _State(cache, token_B, token_B == rows.end_of_text, count + 1)
@@ -110,7 +116,7 @@ def _begin(
 # donated: the cache is written in place
 @functools.partial(jax.jit, static_argnames=("top_k", "vocab_size"), donate_argnames=("state",))
 def _advance(
-    model: lm.Lm, state: _State, rows: _Rows, num_tokens: Array, *, top_k: int, vocab_size: int
+    model: model_lib.Model, state: _State, rows: _Rows, num_tokens: Array, *, top_k: int, vocab_size: int
 ) -> tuple[_State, Array]:
     """Draws num_tokens <= CHUNK more tokens a row, fewer if all rows are done: (state, tokens_BC)."""
     batch = state.token_B.shape[0]
@@ -121,7 +127,10 @@ def _advance(
 
     def step(carry: tuple[_State, Array, Array]) -> tuple[_State, Array, Array]:
         state, tokens_BC, place = carry
-        logits_BV, cache = model.step(state.token_B, state.cache, labels_B=rows.labels_B)
+        if isinstance(model, encoder_decoder.EncoderDecoder):
+            logits_BV, cache = model.step(state.token_B, state.cache)
+        else:
+            logits_BV, cache = model.step(state.token_B, state.cache, labels_B=rows.labels_B)
         token_B = _draw(logits_BV, rows, state.count, top_k=top_k, vocab_size=vocab_size)
         token_B = jnp.where(state.done_B, rows.end_of_text, token_B)
         state = _State(cache, token_B, state.done_B | (token_B == rows.end_of_text), state.count + 1)
@@ -133,7 +142,7 @@ def _advance(
 
 
 class Writer:
-    """Continues prompts, a few tokens a call.
+    """Continues prompts, a few tokens a call; of an encoder-decoder, writes what belongs to its inputs.
 
     A row's tokens depend on its prompt, its key and the settings, and (up to rounding) on no other row. A row that has
     drawn end_of_text is done, and repeats it from then on.
@@ -141,7 +150,7 @@ class Writer:
 
     def __init__(
         self,
-        model: lm.Lm,
+        model: model_lib.Model,
         prompts: Sequence[Sequence[int]],
         keys_B: Array,
         *,
@@ -150,18 +159,21 @@ class Writer:
         vocab_size: int,
         end_of_text: int,
         labels_B: np.ndarray | None = None,
+        start: int = 0,
     ):
         """Reads the prompts.
 
         Args:
-          model: the language model; a copy of its parameters is made (`lm.unstack`).
-          prompts: token ids of each row, one at least, the first of them the token that begins a document.
+          model: the language model; a copy of its parameters is made (`model.unstack`).
+          prompts: token ids of each row, one at least, the first of them the token that begins a document; of an
+            encoder-decoder, its inputs, with the token that ends them.
           keys_B: a jax PRNG key a row.
           num_tokens: how many tokens will be drawn at most: room for them is made in the cache.
           settings: how they are drawn.
           vocab_size: ids from here on are never drawn: the model may have more rows than its tokenizer has tokens.
           end_of_text: the id that ends a row; -1 for none.
           labels_B: the label of each row's document, for router=label.
+          start: of an encoder-decoder, the id before the first target.
 
         Raises:
           ValueError: a prompt without a token.
@@ -172,18 +184,20 @@ class Writer:
         tokens_BL = np.zeros((len(prompts), length), np.int32)
         valid_BL = np.arange(length) < np.array([len(prompt) for prompt in prompts])[:, None]
         tokens_BL[valid_BL] = np.concatenate([np.asarray(prompt, np.int32) for prompt in prompts])
-        self.model = model if model.periods is None else _unstack(model)
+        self.model = model if model_lib.stacks(model)[-1].periods is None else _unstack(model)
         self.static = {"top_k": settings.top_k, "vocab_size": vocab_size}
         self.rows = _Rows(
             keys_B,
             None if labels_B is None else jnp.asarray(labels_B),
+            jnp.asarray(start, jnp.int32),
             jnp.asarray(end_of_text, jnp.int32),
             jnp.asarray(settings.temperature, jnp.float32),
             jnp.asarray(settings.top_p, jnp.float32),
         )
         self.left = num_tokens
         # without attention one program serves every num_tokens
-        self.max_length = padded_length(length + num_tokens) if cache_size(model, length).grows else length
+        together = max(length, num_tokens) if isinstance(model, encoder_decoder.EncoderDecoder) else length + num_tokens
+        self.max_length = padded_length(together) if cache_size(model, length).grows else length
         self.state = _begin(self.model, tokens_BL, valid_BL, self.rows, max_length=self.max_length, **self.static)
         self.first = True
         # of no token: compiles, so that the first call takes no longer than the others
@@ -223,7 +237,7 @@ class CacheSize(NamedTuple):
     grows: bool
 
 
-def cache_size(model: lm.Lm, max_length: int) -> CacheSize:
+def cache_size(model: model_lib.Model, max_length: int) -> CacheSize:
     """Of one row of at most max_length positions."""
 
     def num_bytes(length: int) -> int:

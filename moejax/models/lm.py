@@ -5,7 +5,6 @@ B batch, L sequence, D model, V vocabulary.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -118,17 +117,3 @@ class Lm(stack.Stack):
         if self.mixture is not None:
             return self.mixture(normed_D, self.embedding[...].T if self.head is None else self.head[...])
         return stack.logits(normed_D, self.embedding[...], self.head, scale=self.scale_logits)
-
-
-def unstack(model: Lm) -> Lm:
-    """The same function with every block's parameters in arrays of their own; call it under jit.
-
-    A step that scans over periods first copies the parameters of each out of the stack, all experts among them, which
-    costs far more than the step. The price: a second copy of the parameters, and a compile time that grows with depth.
-    """
-    flat, layers = jax.tree.map(lambda leaf: leaf, model), [*model.prefix]
-    if model.periods is not None:
-        for place in range(model.num_periods):
-            layers += jax.tree.map(lambda leaf, place=place: leaf[place], model.periods).blocks
-    flat.prefix, flat.periods, flat.suffix = nnx.List([*layers, *model.suffix]), None, nnx.List([])
-    return flat

@@ -115,16 +115,19 @@ class Stack(nnx.Module):
         x_BLD, cache["suffix"] = _prefill(self.suffix, x_BLD, **context)
         return x_BLD, cache
 
-    def init_cache(self, batch: int, max_length: int) -> dict[str, Any]:
-        """What the blocks remember of the tokens so far; max_length bounds the attention caches alone."""
+    def init_cache(self, batch: int, max_length: int, memory: attention.Memory | None = None) -> dict[str, Any]:
+        """What the blocks remember of the tokens so far, and of the memory that cross attention looks at.
+
+        max_length bounds the caches of attention alone.
+        """
         cache: dict[str, Any] = {
-            "prefix": [layer.init_cache(batch, max_length) for layer in self.prefix],
-            "suffix": [layer.init_cache(batch, max_length) for layer in self.suffix],
+            "prefix": [layer.init_cache(batch, max_length, memory) for layer in self.prefix],
+            "suffix": [layer.init_cache(batch, max_length, memory) for layer in self.suffix],
         }
         if self.periods is not None:
             # vmap over the stacked parameters gives every period a cache of its own
             cache["periods"] = jax.vmap(
-                lambda period: [layer.init_cache(batch, max_length) for layer in period.blocks],
+                lambda period: [layer.init_cache(batch, max_length, memory) for layer in period.blocks],
                 axis_size=self.num_periods,
             )(self.periods)
         return cache
@@ -147,6 +150,19 @@ class Stack(nnx.Module):
     def normed(self, x_D: Array) -> Array:
         """After the last norm, if there is one."""
         return x_D.astype(self.dtype) if self.norm is None else self.norm(x_D)
+
+
+def unstack(stack: Stack) -> None:
+    """Gives every block parameters in arrays of their own, in place: the same function. Call it under jit.
+
+    A step that scans over periods first copies the parameters of each out of the stack, all experts among them, which
+    costs far more than the step. The price: a second copy of the parameters, and a compile time that grows with depth.
+    """
+    layers = [*stack.prefix]
+    if stack.periods is not None:
+        for place in range(stack.num_periods):
+            layers += jax.tree.map(lambda leaf, place=place: leaf[place], stack.periods).blocks
+    stack.prefix, stack.periods, stack.suffix = nnx.List([*layers, *stack.suffix]), None, nnx.List([])
 
 
 def embedding(config: config_lib.ModelConfig, *, rngs: nnx.Rngs) -> nnx.Param:

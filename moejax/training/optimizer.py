@@ -11,8 +11,9 @@ from moejax import config as config_lib
 from moejax.training import adafactor
 
 # Matrices in shape that are not weights of a linear map: Mamba's reference code does not decay A_log, and the
-# convolution is depthwise. An embedding row is a vector a token, and a row of a bias one an expert.
-_NOT_WEIGHTS = ("A_log", "conv_kernel", "embedding", "up_bias", "down_bias")
+# convolution is depthwise. An embedding row is a vector a token, a row of a bias one an expert, and one of the table of
+# relative positions a bias a head.
+_NOT_WEIGHTS = ("A_log", "conv_kernel", "embedding", "up_bias", "down_bias", "table")
 
 
 def schedule(config: config_lib.Config) -> optax.Schedule:

@@ -233,16 +233,10 @@ class RowLog:
 
 
 def notes(config: config_lib.Config, data: pipeline.Data) -> list[str]:
-    """What a user should know of the pairs and the router before the run, a line each."""
-    found = []
-    if data.num_cut:
-        found.append(
-            f"note: {data.num_cut:,} inputs with EOS are longer than data.seq_length={config.data.seq_length}; what is "
-            "beyond is not read"
-        )
+    """What a user should know of the router before the run, a line each."""
     if not config.model.has_experts:
-        return found
-    c = config.model.moe
+        return []
+    c, found = config.model.moe, []
     is_dropless = c.is_dropless(1.0, full_capacity=1.0)  # where the factor would drop something
     if is_dropless and (c.capacity_factor or c.eval_capacity_factor):
         found.append(f"note: router={c.router} drops no token here; model.moe.capacity_factor does not apply")
@@ -276,6 +270,7 @@ def describe(config: config_lib.Config, data: pipeline.Data) -> str:
     num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     count = f", {data.num_tokens:,} tokens" if data.num_tokens is not None else ""
     left_out = f"; {data.num_left_out:,} blank or unreadable left out" if data.num_left_out else ""
+    left_out += f"; {data.num_cut:,} inputs over data.seq_length={config.data.seq_length} cut" if data.num_cut else ""
     return (
         f"{num_params:,} parameters; {config.data.source}: "
         f"{data.num_documents:,} documents{count} to train on, {len(data.validation):,} documents, "

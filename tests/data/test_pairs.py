@@ -126,9 +126,7 @@ def test_an_input_longer_than_the_encoder_is_cut_before_eos_and_counted(config, 
     data = pipeline.load(config)
     assert data.num_cut == 3
     assert sorted(read_pairs(data, config, 7))[:3] == [("0000000", "cut"), ("0123456", "cut"), ("0123456", "fits")]
-    assert trainer.notes(model_of(config), data)[0].startswith(
-        "note: 3 inputs with EOS are longer than data.seq_length=8"
-    )
+    assert "; 3 inputs over data.seq_length=8 cut; packing pad" in trainer.describe(model_of(config), data)
     summary = inspection.summarise(data, config)
     whole = sum(len(a) + len(b) + 1 for a, b in PAIRS) + (7 + 4 + 1) + (8 + 3 + 1) + (20 + 3 + 1)
     assert summary.cut == pytest.approx((1 + 13) / whole)

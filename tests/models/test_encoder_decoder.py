@@ -4,12 +4,13 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from moejax import config as config_lib
-from moejax.models import encoder_decoder
+from moejax.models import encoder_decoder, generate
 from moejax.models import model as model_lib
 from moejax.ops import dropout
 
@@ -230,3 +231,35 @@ def test_dropout_is_in_every_place_of_t5(monkeypatch):
     assert places(**SMALL, dropout=0.1) == expected
     with_experts = SMALL | {"period": ("cross_attention", "mlp", "moe")}
     assert places(**with_experts, dropout=0.1) == sorted([*expected, (2, TARGETS, D_MODEL)])
+
+
+def test_steps_after_prompts_of_unequal_length_equal_the_row_and_the_greedy_writer_takes_their_best(fill):
+    """Also where the blocks are unstacked, as the writer has them."""
+    model = jax.tree.map(jnp.asarray, fill(lambda: make(settings(**DEEP))))
+    inputs, _ = draw_tokens()
+    prompts = [row[mask == 1].tolist() for row, mask in zip(inputs, ENCODER_MASK, strict=True)]
+    writer = generate.Writer(
+        model,
+        prompts,
+        jax.random.split(jax.random.key(0), 2),
+        num_tokens=TARGETS,
+        settings=generate.Settings(temperature=0.0),
+        vocab_size=VOCAB,
+        end_of_text=-1,
+        start=5,
+    )
+    drawn = np.concatenate([writer.advance(), writer.advance()], axis=1)
+    targets = np.concatenate([np.full((2, 1), 5, np.int32), drawn[:, :-1].astype(np.int32)], axis=1)
+
+    @jax.jit
+    def both(model):
+        whole, _ = model(inputs, targets, encoder_segment_ids_BL=ENCODER_MASK)
+        first, cache = model.prefill(inputs, start_B=targets[:, 0], max_length=8, valid_BL=ENCODER_MASK == 1)
+        step = lambda cache, token_B: model.step(token_B, cache)[::-1]  # noqa: E731
+        _, rest = jax.lax.scan(step, cache, targets[:, 1:].T)
+        return whole, jnp.concatenate([first[None], rest]).swapaxes(0, 1)
+
+    whole, stepped = both(model)
+    np.testing.assert_allclose(stepped, whole, atol=1e-5 * np.abs(whole).max())
+    np.testing.assert_array_equal(drawn, whole.argmax(axis=2))
+    assert generate.cache_size(model, 8).grows

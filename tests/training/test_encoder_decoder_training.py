@@ -12,7 +12,9 @@ from moejax import config as config_lib
 from moejax import partition
 from moejax.analysis import generation
 from moejax.analysis import run as run_lib
-from moejax.training import state, trainer
+from moejax.models import encoder_decoder
+from moejax.models import model as model_lib
+from moejax.training import optimizer, state, trainer
 
 TIMINGS = ("seconds", "tokens_per_second")
 
@@ -54,6 +56,15 @@ def test_eight_devices_give_the_losses_and_parameters_of_one():
         np.testing.assert_allclose(other, one, atol=1e-5 * max(1, np.abs(one).max()))
 
 
+def test_weights_decay_and_tables_of_relative_positions_do_not():
+    mask = optimizer.decay_mask(model_lib.abstract(settings().model), "matrices")
+    assert isinstance(mask, encoder_decoder.EncoderDecoder)
+    assert mask.encoder.relative is not None
+    assert jax.tree.leaves(mask.encoder.relative) == [False]
+    decays = [jax.tree.leaves(branch) for block in mask.decoder.periods.blocks for branch in block.branches]
+    assert decays == [[True] * 3, [True] * 3]  # cross attention's, and the experts' and their router's
+
+
 def test_dropout_alone_is_noise():
     config = settings()
     config.model.moe.jitter = config.model.moe.expert_dropout = 0.0
@@ -78,6 +89,12 @@ def test_a_run_trains_is_evaluated_and_counts_churn_in_both_stacks(tmp_path, mon
     assert summary["loss"] == pytest.approx(rows[-1]["validation_loss"], rel=1e-6)
     assert summary["bits_per_byte"] is None
     assert [round(sum(layer["preferred"]), 4) for layer in summary["routing"]["layers"]] == [1.0, 1.0]
-    with pytest.raises(config_lib.ConfigError, match="encoder-decoder") as error:
-        generation.write(run, generation.Request(prompts=("a",), num_tokens=1))
-    assert "\n" not in str(error.value)
+    assert generation._encode(run, "a<extra_id_0>b<extra_id_99>") == [97, 356, 98, 257, 256]
+    for request, expected in (
+        ({"prompts": ("<extra_id_100>",)}, "number them from 0"),
+        ({"prompts": ("a" * 40,), "num_tokens": 3}, "one of them over data.seq_length, "),
+        ({"prompts": ("a",), "num_tokens": 33}, "one of them over data.seq_length, "),
+    ):
+        with pytest.raises(config_lib.ConfigError, match=expected) as error:
+            generation.write(run, generation.Request(**request))
+        assert "\n" not in str(error.value)
