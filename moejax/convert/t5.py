@@ -113,6 +113,7 @@ def from_hf(state_dict: Mapping[str, np.ndarray], config: config_lib.ModelConfig
     """
     model = model_lib.abstract(config)
     places = _places(model)
+    assert isinstance(model, encoder_decoder.EncoderDecoder)  # or it would have been refused
     parameters = weights.parameters(model)
     values = {path: np.zeros(parameter.shape, np.float32) for path, parameter in parameters.items()}
     filled = {path: np.zeros(parameter.shape, bool) for path, parameter in parameters.items()}

@@ -133,6 +133,7 @@ def _join(
     """The layers of both stacks one after another."""
 
     def widen(aux: moe.MoeAux, before: int, after: int) -> moe.MoeAux:
+        assert aux.preferred_BL is not None
         preferred_BL = jnp.pad(aux.preferred_BL, ((0, 0), (0, 0), (before, after)), constant_values=-1)
         return aux._replace(preferred_BL=preferred_BL)
 

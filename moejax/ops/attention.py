@@ -73,17 +73,18 @@ def attention(
 
     Args:
       query_BLHQ, key_BMHQ, value_BMHQ: M is L unless they look at a memory.
-      segment_ids_BL: of the queries' documents; None: all are one.
-      memory_ids_BM: of the keys', if they are a memory's; None: those of the queries.
+      segment_ids_BL: of the queries' documents; None: all are one, and see all keys that are not padding.
+      memory_ids_BM: of the keys', if they are a memory's, 0 for padding; None: those of the queries.
       causal: only positions up to the current one.
       bias_HLM: added to the products, after their division.
       keep_BHLM: what dropout multiplies the probabilities by.
     """
-    if memory_ids_BM is None:
-        memory_ids_BM = segment_ids_BL
     mask_B1LM = None
-    if segment_ids_BL is not None and memory_ids_BM is not None:
+    if segment_ids_BL is not None:
+        memory_ids_BM = segment_ids_BL if memory_ids_BM is None else memory_ids_BM
         mask_B1LM = (segment_ids_BL[:, :, None] == memory_ids_BM[:, None])[:, None]
+    elif memory_ids_BM is not None:
+        mask_B1LM = (memory_ids_BM > 0)[:, None, None]
     return weighted(query_BLHQ, key_BMHQ, value_BMHQ, mask_B1LM, bias_HLM, keep_BHLM, causal=causal)
 
 

@@ -235,7 +235,8 @@ def test_dropout_is_in_every_place_of_t5(monkeypatch):
 
 def test_steps_after_prompts_of_unequal_length_equal_the_row_and_the_greedy_writer_takes_their_best(fill):
     """Also where the blocks are unstacked, as the writer has them."""
-    model = jax.tree.map(jnp.asarray, fill(lambda: make(settings(**DEEP))))
+    layers = {"encoder_period": ("attention", "moe"), "period": ("attention", "cross_attention", "moe")}
+    model = jax.tree.map(jnp.asarray, fill(lambda: make(settings(**layers, num_periods=2))))
     inputs, _ = draw_tokens()
     prompts = [row[mask == 1].tolist() for row, mask in zip(inputs, ENCODER_MASK, strict=True)]
     writer = generate.Writer(

@@ -105,6 +105,15 @@ def test_values_and_gradients_with_a_bias_and_dropout_equal_a_loop(case, slope):
             assert (gradient * direction).sum() == pytest.approx(slope(loss, inputs[place], direction), rel=1e-3)
 
 
+def test_without_documents_of_their_own_queries_see_all_of_a_memory_but_its_padding():
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.normal(size=(1, 3, 1, WIDTH)).astype(np.float32) for _ in range(3))
+    memory_ids = np.array([[1, 1, 0]])
+    seen = attention.attention(query, key[:, :2], value[:, :2], causal=False)
+    padded = attention.attention(query, key, value, memory_ids_BM=memory_ids, causal=False)
+    np.testing.assert_allclose(padded, seen, atol=1e-6)
+
+
 def test_a_query_that_sees_nothing_is_finite_with_and_without_dropout():
     x = np.ones((1, 2, 1, WIDTH), np.float32)
     for keep in (None, np.ones((1, 1, 2, 2), np.float32)):
