@@ -236,17 +236,13 @@ def test_labels_that_hardly_a_document_has_are_told_where_nobody_reads_them_all(
     assert not caplog.text
 
 
-class WithSentinels(tokenizers.Bytes):
-    first_sentinel, num_sentinels, pad = 356, 100, 256
-
-
 def test_rows_for_span_corruption_leave_a_corpus_s_own_labels_out(monkeypatch):
     corpus = corpora.Corpus(tuple(f"some words {i}" for i in range(40)), 0, tuple(f"topic {i % 4}" for i in range(40)))
     monkeypatch.setattr(corpora, "load", lambda name: corpus)
     config = config_lib.DataConfig(source="wikipedia", seq_length=64, batch_size=2)
-    assert pipeline.load(config, WithSentinels()).labels == ("topic 0", "topic 1", "topic 2", "topic 3")
+    assert pipeline.load(config, tokenizers.Bytes("100")).labels == ("topic 0", "topic 1", "topic 2", "topic 3")
     config.objective = "span_corruption"
-    data = pipeline.load(config, WithSentinels())
+    data = pipeline.load(config, tokenizers.Bytes("100"))
     assert (data.labels, data.train_labels) == ((), None)
     assert "labels_BL" not in pipeline.TrainBatches(data, config)[0]
 

@@ -268,7 +268,8 @@ def test_grids_that_cannot_be_are_refused_in_one_line(make, message):
         (
             grid.iso_active(grid.over("model.period", ("mambo",))),
             {},
-            "point mambo: model.period=mambo is not known; choose one of mamba, mamba2, mamba_moe, attention, mlp, moe",
+            "point mambo: model.period=mambo is not known; choose one of mamba, mamba2, mamba_moe, attention, "
+            "cross_attention, mlp, moe",
         ),
     ],
 )
