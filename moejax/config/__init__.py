@@ -31,7 +31,7 @@ EXPLORATIONS = ("jitter", "dropout", "sample", "argmax")
 ACTIVATIONS = ("relu", "gelu", "swiglu", "geglu")
 GROUPED_MATMULS = ("auto", "blocked", "ragged_dot")
 MOE_LOSSES = ("balance", "importance", "load", "z", "device", "communication", "sequence")
-Router, ROUTERS = routers.Router, routers.ROUTERS
+ROUTERS = routers.ROUTERS
 
 
 class ConfigError(ValueError):

@@ -3,6 +3,7 @@
 import math
 
 from moejax import config as config_lib
+from moejax.config import routers
 from moejax.rules.checks import at_least, get, one_of, positive, require
 
 # Settings of model.moe that only some routers read.
@@ -33,11 +34,11 @@ def validate(moe: config_lib.MoeConfig, config: config_lib.Config) -> None:
         choices <= moe.num_experts,
         f"model.moe.top_k={choices} is more than model.moe.num_experts={moe.num_experts}; {remedy}",
     )
-    for name, routers in _READ_BY.items():
+    for name, readers in _READ_BY.items():
         value = getattr(moe, name)
         require(
-            moe.router in routers or value == getattr(config_lib.MoeConfig(), name),
-            f"model.moe.{name}={value} has no effect with router={moe.router}, only with {' and '.join(routers)}; "
+            moe.router in readers or value == getattr(config_lib.MoeConfig(), name),
+            f"model.moe.{name}={value} has no effect with router={moe.router}, only with {' and '.join(readers)}; "
             "leave it at its default",
         )
     require(
@@ -119,7 +120,7 @@ def validate(moe: config_lib.MoeConfig, config: config_lib.Config) -> None:
         )
 
 
-def _validate_dispatch(moe: config_lib.MoeConfig, router: config_lib.Router) -> None:
+def _validate_dispatch(moe: config_lib.MoeConfig, router: routers.Router) -> None:
     one_of("model.moe.dispatch", moe.dispatch, ("auto", "capacity", "dropless"))
     one_of("model.moe.grouped_matmul", moe.grouped_matmul, config_lib.GROUPED_MATMULS)
     one_of("model.moe.exchange", moe.exchange, ("auto", "ragged", "gather"))
