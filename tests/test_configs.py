@@ -29,7 +29,8 @@ def load(path):
 
 
 def find_configs(pattern):
-    """(file:function, function) of every public function that needs no argument and returns a Config of its own."""
+    """(file:function, function) of every public function that needs no argument and returns a Config, one of each kind
+    of model in a file: sizes are for the tests of parameters."""
     for path in sorted(FOLDER.glob(pattern)):
         seen = []
         for name, function in inspect.getmembers(load(path), inspect.isfunction):
@@ -37,9 +38,14 @@ def find_configs(pattern):
             needs_none = all(parameter.default is not parameter.empty for parameter in parameters)
             if not name.startswith("_") and needs_none and function.__module__ == path.stem:
                 value = function()
-                if isinstance(value, config_lib.Config) and value not in seen:
-                    seen.append(value)
+                if isinstance(value, config_lib.Config) and kind_of(value.model) not in seen:
+                    seen.append(kind_of(value.model))
                     yield pytest.param(function, id=f"{path.relative_to(FOLDER)}:{name}")
+
+
+def kind_of(model):
+    branches = (model.prefix, model.period, model.suffix, model.encoder_period)
+    return branches, model.moe.router, model.mamba.moe_projections, model.tie_embeddings, model.mlp.activation
 
 
 @pytest.mark.parametrize("function", list(find_configs("*.py")))
