@@ -19,7 +19,7 @@ import numpy as np
 from scipy import stats
 
 from moejax import config, files
-from moejax.analysis import comparison_page, figures, run_files, sweep_results
+from moejax.analysis import comparison_page, figures, routing_report, run_files, sweep_results
 
 # share of a run that the average of its curve looks back on: MoE-Mamba's alpha 0.001 in 15,000 steps
 LOOK_BACK = 1 / 15
@@ -44,7 +44,8 @@ def write(folder: pathlib.Path, output: pathlib.Path, *, baseline: str | None = 
     """Writes the sweep's page, and its numbers beside it; each file appears whole or not at all.
 
     The JSON is `numbers(folder)`. CSVs have the same: NAME.csv a row a group, NAME_points.csv a row a point,
-    NAME_curves.csv a row a group and bin of steps, NAME_speedup.csv a row a group and level of the loss.
+    NAME_curves.csv a row a group and bin of steps, NAME_speedup.csv a row a group and level of the loss,
+    NAME_routing.csv a row a group, statistic and bin of steps.
 
     baseline: the setting that others are compared with, in the place of the sweep's own.
 
@@ -72,6 +73,12 @@ def write(folder: pathlib.Path, output: pathlib.Path, *, baseline: str | None = 
             for values in zip(*curve.values(), strict=True)
         ],
         "_speedup.csv": [{"group": group, **level} for group, levels in found["speedup"].items() for level in levels],
+        "_routing.csv": [
+            {"group": group, "seed": entry["seed"], "statistic": name, "step": step, "value": value}
+            for group, entry in found["routing"].items()
+            for name, curve in entry["curves"].items()
+            for step, value in zip(curve["step"], curve["value"], strict=True)
+        ],
     }
     texts = {ending: _csv(rows) for ending, rows in tables.items()}
     texts[".json"] = json.dumps(found, indent=2, allow_nan=False) + "\n"
@@ -88,7 +95,8 @@ def numbers(folder: pathlib.Path) -> dict[str, Any]:
     alpha: weight of a new loss in the average of the curves. points: as in sweep.json. groups: a dict a group, see
     `_group`. curves: group -> {"step", "tokens", "flops", "seconds", "loss", "deviation"}, lists over bins of steps of
     means over its seeds; of its finished points, or of those that run if none has finished. speedup: group ->
-    [{"loss", "mean", "deviation"}], see `speedup`.
+    [{"loss", "mean", "deviation"}], see `speedup`. routing: group with two experts or more -> {"seed", "curves":
+    statistic -> {"step", "value"}}, of one point, means over layers.
     """
     return _numbers(folder, sweep_results.read(folder))
 
@@ -130,7 +138,25 @@ def _numbers(folder: pathlib.Path, results: sweep_results.Results) -> dict[str, 
         ],
         "curves": {group: _mean_curve(list(found.values())) for group, found in curves.items() if found},
         "speedup": _speedups({group: found for group, found in pairs.items() if found}),
+        "routing": _routing(folder, results),
     }
+
+
+def _routing(folder: pathlib.Path, results: sweep_results.Results) -> dict[str, Any]:
+    found = {}
+    for group, row in comparison_page.routed(results).items():
+        curves = routing_report.curves(run_files.rows(folder / row.name))
+        if curves is not None:
+            statistics_of = {
+                name: {"step": _finite(step_N), "value": _finite(value_N)}
+                for name, (step_N, value_N) in curves.statistics.items()
+            }
+            found[group] = {"seed": row.seed, "curves": statistics_of}
+    return found
+
+
+def _finite(value_N: np.ndarray) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in value_N.tolist()]
 
 
 def _curves(folder: pathlib.Path, rows: Sequence[sweep_results.Row], alpha: float) -> dict[int, Curve]:
@@ -288,10 +314,7 @@ def _mean_curve(curves: Sequence[Curve]) -> dict[str, list[float | None]]:
     means["deviation"] = columns["loss"].std(axis=0, ddof=1) if len(curves) > 1 else np.full(len(shared_S), np.nan)
     if not len(shared_S):
         return {name: [] for name in means}
-    return {
-        name: [value if math.isfinite(value) else None for value in figures.bin_means(shared_S, mean_S)[1].tolist()]
-        for name, mean_S in means.items()
-    }
+    return {name: _finite(figures.bin_means(shared_S, mean_S)[1]) for name, mean_S in means.items()}
 
 
 # --- CSV -------------------------------------------------------------------------------------------------------------

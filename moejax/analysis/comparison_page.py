@@ -192,6 +192,16 @@ def _settings(groups: Sequence[Numbers]) -> dict[str, dict[str, str]]:
 # --- routing ---------------------------------------------------------------------------------------------------------
 
 
+def routed(results: sweep_results.Results) -> dict[str, sweep_results.Row]:
+    """group -> the point whose routing is shown: its first finished one, else the first that runs."""
+    found: dict[str, sweep_results.Row] = {}
+    for status in ("done", "running"):
+        for row in results.points:
+            if row.status == status and row.axes.get("experts", 0) > 1:  # one expert gets everything
+                found.setdefault(row.group, row)
+    return found
+
+
 def _routing(
     folder: pathlib.Path,
     results: sweep_results.Results,
@@ -199,12 +209,7 @@ def _routing(
     styles: Mapping[str, figures.Style],
 ) -> tuple[list[figures.Panel], list[figures.Panel]]:
     """Statistics with a line a group, and the experts' load a figure a group: of each group's first finished point."""
-    shown: dict[str, sweep_results.Row] = {}
-    for status in ("done", "running"):
-        for row in results.points:
-            if row.status == status and row.axes.get("experts", 0) > 1:  # one expert gets everything
-                shown.setdefault(row.group, row)
-    curves, load = {}, []
+    shown, curves, load = routed(results), {}, []
     for group, label in labels.items():
         if group not in shown:
             continue

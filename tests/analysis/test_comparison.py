@@ -227,6 +227,11 @@ def test_the_csvs_have_the_numbers_of_the_json(written, found):
     for group, entries in found["speedup"].items():
         of_group = [row for row in levels if row["group"] == group]
         assert [{name: float(row[name]) for name in entries[0]} for row in of_group] == entries
+    routing = table(written.with_name("report_routing.csv"))
+    assert list(found["routing"]) == ["e4_k1"]  # one expert gets everything
+    for name, line in found["routing"]["e4_k1"]["curves"].items():
+        of_group = [row for row in routing if (row["group"], row["statistic"]) == ("e4_k1", name)]
+        assert [[float(row[column]) for row in of_group] for column in line] == list(line.values())
 
 
 def test_the_page_has_the_numbers_of_the_json(written, found):
@@ -342,6 +347,7 @@ def test_the_command_writes_a_sweeps_page(tmp_path, capsys):
         "page_points.csv",
         "page_curves.csv",
         "page_speedup.csv",
+        "page_routing.csv",
     }
 
 
