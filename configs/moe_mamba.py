@@ -80,7 +80,7 @@ Where paper and code differ, and what gives the other reading:
 
 NAME,mini is the same row a quarter as wide and as deep, with a quarter of the experts where their number is not what
 the table varies (Tables 4 and 7), on text that needs no files: Wikipedia lead sections, BPE of 1,024 tokens, 2,000
-steps of 8 rows of 256. The learning rate is 4 times the row's, as the width is a quarter of it.
+steps of 8 rows of 256, in float32. The learning rate is 4 times the row's, as the width is a quarter of it.
 
     moejax train --config=configs/moe_mamba.py:moe_mamba_25m --workdir=runs/moe_mamba_25m
     moejax train --config=configs/moe_mamba.py:moe_mamba_25m,mini --workdir=runs/moe_mamba_mini

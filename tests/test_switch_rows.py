@@ -91,7 +91,9 @@ def test_a_row_in_small_keeps_its_recipe(name):
     rules.validate(c)
     assert {*c.model.sublayers} == {*whole.model.sublayers}
     assert c.model.period == whole.model.period
-    assert c.model.num_periods == c.model.num_encoder_periods < whole.model.num_periods
+    assert c.model.num_periods == c.model.num_encoder_periods == whole.model.num_periods // 3
+    assert (c.model.d_model * 8, c.model.mlp.d_ff * 8) == (whole.model.d_model, whole.model.mlp.d_ff)
+    assert (c.model.compute_dtype, c.model.moe.d_expert * 8) == (whole.model.compute_dtype, whole.model.moe.d_expert)
     for field in ("norm_eps", "init", "init_scale", "embedding_std", "tie_embeddings", "scale_tied_logits", "dropout"):
         assert getattr(c.model, field) == getattr(whole.model, field)
     for field in (

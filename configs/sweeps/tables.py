@@ -1,14 +1,25 @@
-"""MoE-Mamba's tables (arXiv 2401.04081), a table a sweep: --config=configs/sweeps/tables.py:NAME, or NAME,mini.
+"""The papers' tables, a table a sweep: --config=configs/sweeps/tables.py:NAME, or NAME,mini.
 
-    table_1         Mamba, MoE-Mamba, Transformer-MoE and Transformer of 25M active parameters
-    table_1_100m    the first three of 100M
-    table_2         Mamba against experts, by their shares of the active parameters (configs/sweeps/ratio.py)
-    table_3         experts inside the Mamba block
-    table_4         1 to 32 experts (configs/sweeps/experts_25m.py)
-    table_7         1 to 32 experts, in turn with Mamba and beside it
+MoE-Mamba (arXiv 2401.04081), configs/moe_mamba.py:
 
-The rows, their counts, the paper's losses and what ",mini" makes of them are in configs/moe_mamba.py, the paper's
-speed-ups too. table_1,mini, as counted (`--dry-run`), without the embedding and the head, of 131,072 each:
+    table_1           Mamba, MoE-Mamba, Transformer-MoE and Transformer of 25M active parameters
+    table_1_100m      the first three of 100M
+    table_2           Mamba against experts, by their shares of the active parameters (configs/sweeps/ratio.py)
+    table_3           experts inside the Mamba block
+    table_4           1 to 32 experts (configs/sweeps/experts_25m.py)
+    table_7           1 to 32 experts, in turn with Mamba and beside it
+
+Switch Transformers (arXiv 2101.03961), configs/switch.py:
+
+    switch_table_1    Base with 128 experts by router and capacity factor, against T5-Base and T5-Large
+    switch_table_2    precision
+    switch_table_3    the scale of the initialisers
+    switch_table_7    8 to 256 experts, against T5-Base
+    switch_table_9    the largest models
+    switch_table_11   exploration
+
+The rows, their counts, the paper's losses and speed-ups and what ",mini" makes of them are in those files.
+table_1,mini, as counted (`--dry-run`), without the embedding and the head, of 131,072 each:
 
     point                  experts    width    total        active
     mamba_25m              -          -          466,944    466,944
@@ -18,6 +29,7 @@ speed-ups too. table_1,mini, as counted (`--dry-run`), without the embedding and
 
     moejax sweep --config=configs/sweeps/tables.py --workdir=runs/table_1_mini --seeds=0,1,2
     moejax sweep --config=configs/sweeps/tables.py:table_7,mini --workdir=runs/table_7_mini --seeds=0,1,2
+    moejax sweep --config=configs/sweeps/tables.py:switch_table_7,mini --workdir=runs/switch_mini --seeds=0,1,2
     moejax report runs/table_1_mini
 """
 
@@ -27,40 +39,48 @@ import runpy
 from moejax import config
 from moejax.sweep import grid
 
-_FILE = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "moe_mamba.py"))
+_FOLDER = pathlib.Path(__file__).parents[1]
+_FILES = {name: runpy.run_path(str(_FOLDER / f"{name}.py")) for name in ("moe_mamba", "switch")}
+
+
+def _select(file: str, *prefixes: str) -> tuple[str, ...]:
+    return tuple(name for name in _FILES[file]["ROWS"] if name.startswith(prefixes))
+
+
 TABLES = {
-    "table_1": ("mamba_25m", "moe_mamba_25m", "transformer_moe_25m", "transformer_25m"),
-    "table_1_100m": ("mamba_100m", "moe_mamba_100m", "transformer_moe_100m"),
-    **{
-        table: ("mamba_1b", *(name for name in _FILE["ROWS"] if name.startswith(prefixes)))
-        for table, prefixes in (
-            ("table_2", "ratio"),
-            ("table_3", "inner"),
-            ("table_4", "experts"),
-            ("table_7", ("sequential", "parallel")),
-        )
-    },
+    "table_1": ("moe_mamba", ("mamba_25m", "moe_mamba_25m", "transformer_moe_25m", "transformer_25m")),
+    "table_1_100m": ("moe_mamba", ("mamba_100m", "moe_mamba_100m", "transformer_moe_100m")),
+    "table_2": ("moe_mamba", ("mamba_1b", *_select("moe_mamba", "ratio"))),
+    "table_3": ("moe_mamba", ("mamba_1b", *_select("moe_mamba", "inner"))),
+    "table_4": ("moe_mamba", ("mamba_1b", *_select("moe_mamba", "experts"))),
+    "table_7": ("moe_mamba", ("mamba_1b", *_select("moe_mamba", "sequential", "parallel"))),
+    "switch_table_1": ("switch", ("t5_base", "t5_large", *_select("switch", "switch_base_128_", "moe_base"))),
+    "switch_table_2": ("switch", _select("switch", "precision")),
+    "switch_table_3": ("switch", _select("switch", "scale")),
+    "switch_table_7": ("switch", ("t5_base", *(f"switch_base_{n}" for n in (8, 16, 32, 64, 128, 256)))),
+    "switch_table_9": (
+        "switch",
+        ("t5_base", "t5_large", "t5_xxl", "switch_base_128", "switch_large_128", "switch_xxl", "switch_c"),
+    ),
+    "switch_table_11": ("switch", _select("switch", "explore")),
 }
 
 
 def get_config(name: str = "table_1,mini") -> config.Config:
-    """The first row of the table, a Mamba without experts: what the others are compared with."""
-    return _row(_names(name)[0], name)
+    """The first row of the table, what the others are compared with; of MoE-Mamba's a Mamba without experts."""
+    return _rows(name)[0][1]
 
 
 def get_sweep(name: str = "table_1,mini") -> grid.Sweep:
     """A point for each row of the table."""
-    base, names = get_config(name), _names(name)
-    rows = [row for point in names for row in grid.from_config(point, _row(point, name), base)]
-    return grid.Sweep(base, rows, baseline=names[0])
+    rows = _rows(name)
+    base = rows[0][1]
+    return grid.Sweep(base, [point for row, c in rows for point in grid.from_config(row, c, base)], baseline=rows[0][0])
 
 
-def _names(name: str) -> tuple[str, ...]:
+def _rows(name: str) -> list[tuple[str, config.Config]]:
     table, _, size = name.partition(",")
     if table not in TABLES or size not in ("", "mini"):
         raise ValueError(f"{name} is no table; write one of {', '.join(TABLES)}, or one of them with ,mini after it")
-    return TABLES[table]
-
-
-def _row(point: str, name: str) -> config.Config:
-    return _FILE["get_config"](point + ",mini" * name.endswith(",mini"))
+    file, rows = TABLES[table]
+    return [(row, _FILES[file]["get_config"](row + ",mini" * bool(size))) for row in rows]

@@ -99,12 +99,19 @@ def test_the_law_of_granularity_varies_size_tokens_and_granularity():
         ("table_3", 15, "mamba_1b", "inner_conv_gate_out_alternate"),
         ("table_4,mini", 6, "mamba_1b", "experts_32"),
         ("table_7,mini", 13, "mamba_1b", "parallel_32"),
+        ("switch_table_1", 9, "t5_base", "switch_base_128_plus_c100"),
+        ("switch_table_2,mini", 3, "precision_float32", "precision_selective"),
+        ("switch_table_3,mini", 2, "scale_small", "scale_large"),
+        ("switch_table_7,mini", 7, "t5_base", "switch_base_256"),
+        ("switch_table_9", 7, "t5_base", "switch_c"),
+        ("switch_table_11,mini", 4, "explore_jitter", "explore_argmax"),
     ],
 )
 def test_a_table_is_a_sweep_over_its_rows(name, number, first, last):
     points = points_of(f"tables.py:{name}")
     assert (len(points), points[0].group, points[-1].group) == (number, first, last)
-    get_config = runpy.run_path(str(FOLDER.parent / "moe_mamba.py"))["get_config"]
+    file = "switch.py" if name.startswith("switch") else "moe_mamba.py"
+    get_config = runpy.run_path(str(FOLDER.parent / file))["get_config"]
     for point in points:
         row = get_config(point.group + ",mini" * name.endswith("mini"))
         row.data.seed = row.training.seed = 0  # a seed of a sweep is both
@@ -112,5 +119,5 @@ def test_a_table_is_a_sweep_over_its_rows(name, number, first, last):
 
 
 def test_a_table_that_there_is_not_is_refused():
-    with pytest.raises(config_lib.ConfigError, match=r"table_9 is no table; write one of table_1, .*table_7"):
+    with pytest.raises(config_lib.ConfigError, match=r"table_9 is no table; write one of table_1, .*switch_table_9"):
         overrides.read_sweep(str(FOLDER / "tables.py:table_9"), [])
