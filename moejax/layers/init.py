@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+_LARGEST_NORMAL = 5.5  # sd: a float32 normal is drawn within 5.42, the quantile of 1 - 2^-24
+
 
 def scaled_normal(key: Array, shape: tuple[int, ...], *, scale: float, fan_in: int | None = None) -> Array:
     """Truncated normal with sd = sqrt(scale / fan_in) before the cut at 2 sd (Switch Transformers, section 2.4).
@@ -39,6 +41,8 @@ def weight(key: Array, shape: tuple[int, ...], *, scheme: str, scale: float, fan
         case "moe_mamba":
             sd = math.sqrt(scale / (fan_in or shape[-2]))
             cut = 2 * scale / sd
+            if cut > _LARGEST_NORMAL:  # truncated_normal would return the cut itself, once in 2^23 draws
+                return sd * jax.random.normal(key, shape)
             return sd * jax.random.truncated_normal(key, -cut, cut, shape)
     raise ValueError(f"model.init={scheme} is not known; choose one of switch, moe_mamba")
 
