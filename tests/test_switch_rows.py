@@ -5,7 +5,7 @@ import runpy
 
 import pytest
 
-from moejax import rules
+from moejax import config, rules
 from moejax.analysis import params
 
 FILE = runpy.run_path(str(pathlib.Path(__file__).resolve().parent.parent / "configs" / "switch.py"))
@@ -45,6 +45,8 @@ COUNTS = {
     "switch_base_64": base(64),
     "switch_base_128": base(128),
     "switch_base_256": base(256),
+    "t5_base_100k": base(),
+    "t5_large_100k": model(1024, 4096, 24, heads=16),
     "switch_base_128_c200": base(128),
     "switch_base_128_c125": base(128),
     "switch_base_128_c100": base(128),
@@ -106,8 +108,8 @@ def test_a_row_in_small_keeps_its_recipe(name):
     ):
         assert getattr(c.model.moe, field) == getattr(whole.model.moe, field)
     assert (c.optimizer.name, c.optimizer.schedule) == ("adafactor", "inverse_sqrt")
-    for config in (c, whole):  # the first rate of all
-        assert config.optimizer.learning_rate / config.optimizer.warmup_steps**0.5 == pytest.approx(0.01)
+    for one in (c, whole):  # the first rate of all
+        assert one.optimizer.learning_rate / one.optimizer.warmup_steps**0.5 == pytest.approx(0.01)
     assert c.training.z_weight == whole.training.z_weight == 1e-4
 
 
@@ -138,7 +140,8 @@ def test_fine_tuning_drops_units_and_keeps_the_rate():
 
 
 def test_a_row_that_there_is_not_is_refused_with_those_that_there_are():
-    with pytest.raises(ValueError, match=r"switch_base_7 is no row; write one of t5_base, .*explore_argmax"):
+    with pytest.raises(config.ConfigError, match=r"switch_base_7 is no row; write one of t5_base, .*explore_argmax"):
         get_config("switch_base_7")
-    with pytest.raises(ValueError, match="t5_base,small is no row"):
-        get_config("t5_base,small")
+    for name in ("t5_base,small", "t5_base,finetune,mini", "t5_base,mini,mini"):
+        with pytest.raises(config.ConfigError, match=f"{name} is no row"):
+            get_config(name)

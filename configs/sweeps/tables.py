@@ -54,7 +54,7 @@ TABLES = {
     "table_3": ("moe_mamba", ("mamba_1b", *_select("moe_mamba", "inner"))),
     "table_4": ("moe_mamba", ("mamba_1b", *_select("moe_mamba", "experts"))),
     "table_7": ("moe_mamba", ("mamba_1b", *_select("moe_mamba", "sequential", "parallel"))),
-    "switch_table_1": ("switch", ("t5_base", "t5_large", *_select("switch", "switch_base_128_", "moe_base"))),
+    "switch_table_1": ("switch", ("t5_base_100k", "t5_large_100k", *_select("switch", "switch_base_128_", "moe_base"))),
     "switch_table_2": ("switch", _select("switch", "precision")),
     "switch_table_3": ("switch", _select("switch", "scale")),
     "switch_table_7": ("switch", ("t5_base", *(f"switch_base_{n}" for n in (8, 16, 32, 64, 128, 256)))),
@@ -81,6 +81,8 @@ def get_sweep(name: str = "table_1,mini") -> grid.Sweep:
 def _rows(name: str) -> list[tuple[str, config.Config]]:
     table, _, size = name.partition(",")
     if table not in TABLES or size not in ("", "mini"):
-        raise ValueError(f"{name} is no table; write one of {', '.join(TABLES)}, or one of them with ,mini after it")
+        raise config.ConfigError(
+            f"{name} is no table; write one of {', '.join(TABLES)}, or one of them with ,mini after it"
+        )
     file, rows = TABLES[table]
     return [(row, _FILES[file]["get_config"](row + ",mini" * bool(size))) for row in rows]

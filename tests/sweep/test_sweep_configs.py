@@ -99,7 +99,7 @@ def test_the_law_of_granularity_varies_size_tokens_and_granularity():
         ("table_3", 15, "mamba_1b", "inner_conv_gate_out_alternate"),
         ("table_4,mini", 6, "mamba_1b", "experts_32"),
         ("table_7,mini", 13, "mamba_1b", "parallel_32"),
-        ("switch_table_1", 9, "t5_base", "switch_base_128_plus_c100"),
+        ("switch_table_1", 9, "t5_base_100k", "switch_base_128_plus_c100"),
         ("switch_table_2,mini", 3, "precision_float32", "precision_selective"),
         ("switch_table_3,mini", 2, "scale_small", "scale_large"),
         ("switch_table_7,mini", 7, "t5_base", "switch_base_256"),
