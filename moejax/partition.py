@@ -321,6 +321,11 @@ def param_sharding(variable: nnx.Variable, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
+def is_variable(node: Any) -> bool:
+    """Whether it is a parameter, or what a router keeps beside them; is_leaf of trees whose leaves have metadata."""
+    return isinstance(node, nnx.Variable)
+
+
 def tree_shardings(tree, mesh: Mesh):
     """Shardings for a pytree that holds modules: parameters by their logical axes, all other leaves replicated."""
 
@@ -329,4 +334,4 @@ def tree_shardings(tree, mesh: Mesh):
             return jax.tree.map(lambda _: param_sharding(node, mesh), node)
         return replicated(mesh)
 
-    return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    return jax.tree.map(of, tree, is_leaf=is_variable)

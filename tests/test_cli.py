@@ -113,6 +113,13 @@ def test_a_config_file_that_cannot_be_read_is_one_line_that_names_it(capsys, tmp
     assert expected in line
 
 
+def test_what_a_config_file_refuses_is_its_own_line_with_the_file_before_it(capsys, tmp_path):
+    file, line = tmp_path / "rows.py", "{name} is no row; write one of a, b: c"
+    file.write_text(f"from moejax import config\ndef get_config(name='a'):\n    raise config.ConfigError(f'{line}')\n")
+    expected = f"--config={file}:x: x is no row; write one of a, b: c"
+    assert refused(capsys, "params", f"--config={file}:x").strip() == expected
+
+
 def test_a_missing_corpus_package_names_the_extra(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
     line = refused(capsys, *TRAIN[:2], f"--workdir={tmp_path / 'run'}", "--config.data.source=wikipedia")

@@ -19,7 +19,7 @@ import numpy as np
 from moejax import config as config_lib
 from moejax import files
 from moejax.analysis import run as run_lib
-from moejax.data import tokenizers
+from moejax.data import corruption, pairs, pipeline, tokenizers
 from moejax.models import generate
 from moejax.training import folder
 
@@ -252,11 +252,10 @@ def _encode(run: run_lib.Run, prompt: str) -> list[int]:
     tokenizer, model = run.tokenizer, run.config.model
     if not model.has_encoder:
         return [tokenizer.end_of_text, *tokenizer.encode(prompt)]
-    router = model.moe.router
-    if model.has_experts and not config_lib.ROUTERS[router].causal:
+    if not _can_write(model):
         raise config_lib.ConfigError(
-            f"--workdir={run.workdir} has model.moe.router={router}, whose experts choose among all tokens of a group: "
-            "it can't write; name a run with another router"
+            f"--workdir={run.workdir} has model.moe.router={model.moe.router}, whose experts choose among all tokens "
+            "of a group: it can't write; name a run with another router"
         )
     ids: list[int] = []
     for place, piece in enumerate(re.split(r"<extra_id_(\d+)>", prompt)):
@@ -270,6 +269,11 @@ def _encode(run: run_lib.Run, prompt: str) -> list[int]:
                 "number them from 0"
             )
     return [*ids, tokenizer.end_of_text]
+
+
+def _can_write(model: config_lib.ModelConfig) -> bool:
+    """Whether a token's experts can be chosen before later tokens are there."""
+    return not model.has_experts or config_lib.ROUTERS[model.moe.router].causal
 
 
 def _check_length(run: run_lib.Run, prompts: list[list[int]], request: Request) -> None:
@@ -310,7 +314,10 @@ def _keep(run: run_lib.Run, request: Request, texts: list[Continuation]) -> None
 
 
 def complete(workdir: pathlib.Path) -> None:
-    """Makes what a report wants and the folder lacks: the evaluation and a sample of the newest checkpoint, if any."""
+    """Makes what a report wants and the folder lacks: the evaluation and a sample of the newest checkpoint, if any.
+
+    No sample of a model that can't write, or of pairs whose held-out inputs are all longer than the encoder.
+    """
     steps = [int(entry.name) for entry in (workdir / "checkpoints").glob("*") if entry.name.isdigit()]
     evaluation = workdir / "eval.json"
     done = files.read_json(evaluation) if evaluation.exists() else {}
@@ -323,6 +330,21 @@ def complete(workdir: pathlib.Path) -> None:
     run = run_lib.load(workdir)
     if not evaluated:
         run_lib.evaluate_run(run)
-    if not sampled:
+    asked = None if sampled or not _can_write(run.config.model) else _sample(run)
+    if asked:
+        write(run, asked)
+
+
+def _sample(run: run_lib.Run) -> Request | None:
+    """What a report's sample is of: a new text, or the first held-out input that the encoder has slots for."""
+    data = run.config.data
+    if data.objective != "text_to_text":
         begin = "<extra_id_0>" if run.config.model.has_encoder else ""
-        write(run, Request(prompts=(begin,), num_tokens=run.config.data.seq_length // 2))
+        return Request(prompts=(begin,), num_tokens=data.seq_length // 2)
+    inputs_length, targets_length = corruption.row_lengths(data)
+    held_out = pipeline.open_texts(data).validation
+    for pair in map(held_out.__getitem__, range(len(held_out))):
+        if isinstance(pair, pairs.Pair) and pair.source.strip() and len(_encode(run, pair.source)) <= inputs_length:
+            longest = max(inputs_length, targets_length)
+            return Request(prompts=(pair.source,), num_tokens=targets_length, max_length=longest)
+    return None

@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from moejax import config as config_lib
+from moejax import partition
 from moejax.layers import attention, head, mamba, mamba2, mamba_moe, mlp, moe, router
 from moejax.models import model as model_lib
 
@@ -24,7 +25,7 @@ def count(config: config_lib.ModelConfig) -> dict[str, Any]:
     """
     model = model_lib.abstract(config)
     components = {name: {"total": 0, "active": 0} for name in COMPONENTS}
-    variables = jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    variables = jax.tree_util.tree_leaves_with_path(model, is_leaf=partition.is_variable)
     for path, variable in variables:
         if not isinstance(variable, nnx.Param):
             continue  # what a router keeps beside its weights

@@ -264,7 +264,7 @@ def _batch_unit(config: config_lib.Config, mesh: Mesh) -> int:
 def _parameters(config: config_lib.Config, state: state_lib.TrainState) -> dict[str, int]:
     counts = params.count(config.model)
     here = 0
-    for node in jax.tree.leaves(state.model, is_leaf=lambda node: isinstance(node, nnx.Variable)):
+    for node in jax.tree.leaves(state.model, is_leaf=partition.is_variable):
         if isinstance(node, nnx.Param):
             here += sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(node))
     names = ("total", "active", "non_embedding_total", "non_embedding_active")

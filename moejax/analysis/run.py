@@ -60,9 +60,10 @@ def load(workdir: pathlib.Path) -> Run:
 def evaluate_run(run: Run) -> dict[str, Any]:
     """The loss on the whole held-out split, with baselines of the same split; also written to eval.json.
 
-    Keys: step, loss (nats a token), perplexity, bits_per_byte (None of an encoder-decoder), tokens, documents,
-    baselines (uniform, unigram, bigram; nats a token), and for MoE models dropped (share of the routed choices) and
-    routing (what each expert takes; see `specialisation.Choices.summary`).
+    Keys: step, loss (nats a token), perplexity, bits_per_byte (of pairs, of their targets; None of span
+    corruption, which predicts a part of the text), tokens, documents, baselines (uniform, unigram, bigram; nats a
+    token), and for MoE models dropped (share of the routed choices) and routing (what each expert takes; see
+    `specialisation.Choices.summary`).
     """
     config, tokenizer = run.config, run.tokenizer
     data = pipeline.load(config.data, tokenizer)
@@ -72,7 +73,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     result = evaluate.evaluate(run.model, choices.watch(evaluate.make_eval_step(run.mesh)), batches, run.mesh)
     held_out = pipeline.validation_packer(data, config.data)
     of_split = baselines.compute(data.train, held_out, data.objective, tokenizer.vocab_size)
-    is_whole = not config.model.has_encoder  # an encoder-decoder predicts a part of the text
+    is_whole = config.data.objective != "span_corruption"
     summary = {
         "step": run.step,
         "loss": result["loss"],

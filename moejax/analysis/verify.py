@@ -215,7 +215,7 @@ def _with_noise(model: model_lib.Model, seed: int) -> model_lib.Model:
             return node
         return jax.tree.map(lambda x: (x + NOISE * rng.standard_normal(x.shape)).astype(x.dtype), node)
 
-    return jax.tree.map(add, model, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    return jax.tree.map(add, model, is_leaf=partition.is_variable)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,8 +230,7 @@ class Parameter:
 
 def parameters(model: model_lib.Model) -> Iterator[Parameter]:
     """Every parameter of a model on the host."""
-    is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
-    for path, variable in jax.tree_util.tree_leaves_with_path(model, is_leaf=is_variable):
+    for path, variable in jax.tree_util.tree_leaves_with_path(model, is_leaf=partition.is_variable):
         if isinstance(variable, nnx.Param):
             value, axes = np.asarray(variable[...]), variable.get_metadata()["axes"]
             yield Parameter(

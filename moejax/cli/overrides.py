@@ -21,8 +21,8 @@ def read_config(file: str, overrides: list[str]) -> config_lib.Config:
     """The config of FILE[:ARG] with `--config.a.b=value` overrides, validated.
 
     Raises:
-      ConfigError: no such file, a file without a usable get_config, an unknown field, a value of the wrong type, or a
-        broken rule.
+      ConfigError: no such file, a file without a usable get_config, what get_config itself refuses, an unknown field,
+        a value of the wrong type, or a broken rule.
     """
     from ml_collections import config_flags
 
@@ -128,7 +128,9 @@ def _parse(file: str, arguments: list[str], define: Callable[..., Any], *defined
         rest = values(arguments)[1:]
         config = values["config"].value
     except flags.IllegalFlagValueError as error:
-        raise config_lib.ConfigError(_wrong_value(file, arguments, error)) from None
+        own = _own_line(error)
+        line = f"--config={file}: {own}" if own else _wrong_value(file, arguments, error)
+        raise config_lib.ConfigError(line) from None
     except flags.Error as error:
         raise config_lib.ConfigError(f"{' '.join(str(error).split())}; write overrides as --config.a.b=value") from None
     except Exception as error:  # the file is the user's program: anything may come out of it
@@ -136,6 +138,15 @@ def _parse(file: str, arguments: list[str], define: Callable[..., Any], *defined
     if rest:
         raise config_lib.ConfigError(f"{rest[0]} is not an option; write overrides as --config.a.b=value")
     return config
+
+
+def _own_line(error: BaseException | None) -> str:
+    """The line of the ConfigError that get_config() raised, if any: around it are copies with a whole traceback."""
+    while error is not None:
+        if isinstance(error, config_lib.ConfigError) and "\n" not in str(error):
+            return str(error)
+        error = error.__context__
+    return ""
 
 
 def _unreadable(file: str, error: Exception) -> config_lib.ConfigError:

@@ -31,9 +31,9 @@ def config_from_hf(hf: Mapping[str, Any], *, seq_length: int = 0) -> config_lib.
     """The model that a Hugging Face config describes.
 
     Of Switch Transformers' losses: transformers adds those of the two stacks, each a mean over its tokens and layers,
-    with padding; ours is the mean over all layers, without padding, so the weights are twice theirs. It computes the
-    balance loss of all layers of a stack at once, where ours is a mean of one a layer, and none at all where every
-    layer is sparse.
+    with padding; ours is the mean over all layers, without padding, so the weights are twice theirs, and stacks with
+    unlike numbers of sparse layers are refused unless theirs are 0. It computes the balance loss of all layers of a
+    stack at once, where ours is a mean of one a layer, and none at all where every layer is sparse.
 
     Args:
       hf: to_dict() of the config, or the content of config.json.
@@ -84,7 +84,20 @@ def config_from_hf(hf: Mapping[str, Any], *, seq_length: int = 0) -> config_lib.
     encoder, decoder = ("attention",), ("attention", "cross_attention")
     config.encoder_period, config.num_encoder_periods = _period(encoder, num_layers, steps["encoder"], "num_layers")
     config.period, config.num_periods = _period(decoder, num_decoder_layers, steps["decoder"], "num_decoder_layers")
+    _check_losses(hf, config)
     return config
+
+
+def _check_losses(hf: Mapping[str, Any], config: config_lib.ModelConfig) -> None:
+    """Refuses losses that no weight of a mean over the layers of both stacks gives."""
+    in_encoder = config.encoder_period.count("moe") * config.num_encoder_periods
+    in_decoder = config.period.count("moe") * config.num_periods
+    for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+        if in_encoder != in_decoder and hf[name]:
+            raise config_lib.ConfigError(
+                f"{name}={hf[name]} weighs both stacks alike, and a mean over {in_encoder} sparse layers of the "
+                f"encoder and {in_decoder} of the decoder does not; set it to 0, and a weight of your own in model.moe"
+            )
 
 
 def _period(first: tuple[str, ...], num_layers: int, step: int, name: str) -> tuple[tuple[str, ...], int]:

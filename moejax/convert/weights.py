@@ -9,13 +9,14 @@ import numpy as np
 from flax import nnx
 
 from moejax import config as config_lib
+from moejax import partition
 
 Module = TypeVar("Module", bound=nnx.Module)
 
 
 def parameters(module: nnx.Module) -> dict[str, nnx.Variable]:
     """Every variable of a model or a layer by its dotted path, e.g. "periods.blocks.0.norm.scale"."""
-    leaves = jax.tree_util.tree_leaves_with_path(module, is_leaf=_is_variable)
+    leaves = jax.tree_util.tree_leaves_with_path(module, is_leaf=partition.is_variable)
     return {_dotted(path): variable for path, variable in leaves}
 
 
@@ -24,7 +25,7 @@ def replace(module: Module, values: Mapping[str, Any]) -> Module:
     return jax.tree_util.tree_map_with_path(
         lambda path, variable: variable.replace(jnp.array(values[_dotted(path)]).reshape(variable.shape)),
         module,
-        is_leaf=_is_variable,
+        is_leaf=partition.is_variable,
     )
 
 
@@ -50,10 +51,6 @@ def tensor(tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int | None
             f"{name} has dtype {found.dtype}, which float32 does not hold exactly; cast it to float32"
         )
     return found
-
-
-def _is_variable(node: Any) -> bool:
-    return isinstance(node, nnx.Variable)
 
 
 def _dotted(path: tuple[Any, ...]) -> str:

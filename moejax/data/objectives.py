@@ -24,6 +24,14 @@ def make(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenizer) -> pack
             end_of_text=tokenizer.end_of_text,
             pad=tokenizer.pad,
         )
+    if not tokenizer.num_sentinels and tokenizer.name in ("bpe", "bytes"):  # built for another objective
+        is_prepared = config.source.startswith("prepared:")
+        whose = config.source if is_prepared else "the other run"
+        remedy = "prepare the corpus" if is_prepared else "start from a run"
+        raise config_lib.ConfigError(
+            f"data.objective={config.objective} needs sentinel tokens, and the {tokenizer.name} tokenizer of {whose} "
+            f"was made for another objective, without any; {remedy} with data.objective={config.objective}"
+        )
     if not tokenizer.num_sentinels:
         raise config_lib.ConfigError(
             f"data.objective={config.objective} needs sentinel tokens, and data.tokenizer={config.tokenizer} has none; "

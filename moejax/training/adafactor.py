@@ -20,6 +20,7 @@ from flax import nnx
 from jax import Array
 
 from moejax import config as config_lib
+from moejax import partition
 
 # Logical axes that are not the rows or the columns of a matrix. Dims in front of the named ones are stacks: periods.
 _STACKS = ("expert", "qkv", "kv", "half", "softmax")  # a matrix for each
@@ -89,7 +90,7 @@ def scale_by_adafactor(config: config_lib.AdafactorConfig) -> optax.GradientTran
                 for name, axes in _moment_axes(here, config.min_factored_dim).items()
             }
 
-        leaves, structure = jax.tree.flatten(params, is_leaf=_is_variable)
+        leaves, structure = jax.tree.flatten(params, is_leaf=partition.is_variable)
         moments = list(map(of, leaves))
         trees = {name: structure.unflatten([moment[name] for moment in moments]) for name in ("v_row", "v_col", "v")}
         return optax.FactoredState(count=jnp.zeros((), jnp.int32), **trees)
@@ -112,7 +113,7 @@ def scale_by_adafactor(config: config_lib.AdafactorConfig) -> optax.GradientTran
             arrays = of_matrix(parameter[...], *(other[...] for other in others))
             return tuple(other.replace(array) for other, array in zip(others, arrays, strict=True))
 
-        leaves, structure = jax.tree.flatten(params, is_leaf=_is_variable)
+        leaves, structure = jax.tree.flatten(params, is_leaf=partition.is_variable)
         others = (structure.flatten_up_to(tree) for tree in (updates, state.v_row, state.v_col, state.v))
         results = zip(*(of(*variables) for variables in zip(leaves, *others, strict=True)), strict=True)
         directions, v_row, v_col, v = (structure.unflatten(column) for column in results)
@@ -128,7 +129,3 @@ def _moment_axes(here: Layout, min_factored_dim: int) -> dict[str, tuple[str, ..
         return {"v_row": unused, "v_col": unused, "v": here.axes}
     rows, columns = np.argsort(here.shape)
     return {"v_row": (here.axes[rows],), "v_col": (here.axes[columns],), "v": unused}
-
-
-def _is_variable(node: Any) -> bool:
-    return isinstance(node, nnx.Variable)

@@ -118,6 +118,8 @@ def load_config(workdir: pathlib.Path, setting: str = "--workdir") -> config_lib
         raise config_lib.ConfigError(
             f"{setting}={workdir} holds no config.json; name the folder of a run of moejax train"
         ) from None
+    except NotADirectoryError:
+        raise config_lib.ConfigError(f"{setting}={workdir} is a file; name the folder of a run") from None
 
 
 def load_tokenizer(workdir: pathlib.Path) -> tokenizers.Tokenizer | None:

@@ -13,16 +13,21 @@ from moejax.training import checkpoint, folder, metrics, tables
 from moejax.training import state as state_lib
 
 # What a model may change when it starts from another run's parameters: how it is computed, regularised and drawn, and
-# what its routers drop and are trained with. Anything else would make other parameters, or the same mean other things.
+# what its routers drop and are trained with. Anything else would make other parameters, or the same mean other things;
+# or would have no effect, as relu_coefficient: what it has become is among what routers keep.
 _FREE = (
     *(path for path in folder.FREE_ON_RESUME if path.startswith("model.")),
     *("model.dropout", "model.remat", "model.compute_dtype"),
     *("model.init", "model.init_scale", "model.embedding_std", "model.rescale_out_proj"),
-    *("model.moe.capacity_", "model.moe.eval_capacity_factor", "model.moe.group_size", "model.moe.dispatch"),
-    *("model.moe.expert_dropout", "model.moe.jitter", "model.moe.layer_reduction", "model.moe.bias_rate"),
+    *(f"model.{mamba}.{bound}" for mamba in ("mamba", "mamba2") for bound in ("dt_min", "dt_max")),
+    *("model.moe.capacity_", "model.moe.eval_capacity_factor", "model.moe.min_capacity", "model.moe.group_size"),
+    *("model.moe.dispatch", "model.moe.router_dtype", "model.moe.layer_reduction", "model.moe.expert_dropout"),
+    *("model.moe.exploration", "model.moe.jitter", "model.moe.router_dropout", "model.moe.second_threshold"),
+    *("model.moe.noise_epsilon", "model.moe.bias_rate", "model.moe.relu_multiplier"),
     *(f"model.moe.{loss}_weight" for loss in config_lib.MOE_LOSSES),
 )
-# Token ids mean what that run's tokenizer made of them.
+# Token ids mean what that run's tokenizer made of them, which this run reads from its folder: where the other found a
+# vocabulary does not matter.
 _SAME_DATA = ("data.tokenizer", "data.vocab_size", "data.end_of_text")
 
 
@@ -40,7 +45,8 @@ def check(config: config_lib.Config) -> None:
     wrong = [
         (path, old, new)
         for path, old, new in plain.differences(other, config)
-        if (path.startswith("model.") and not path.startswith(_FREE)) or path in _SAME_DATA
+        if (path.startswith("model.") and not path.startswith(_FREE))
+        or (path in _SAME_DATA and (path != "data.tokenizer" or _kind(old) != _kind(new)))
     ]
     if wrong:
         here = " and ".join(f"{path}={new}" for path, _, new in wrong)
@@ -89,8 +95,18 @@ def _read(config: config_lib.Config, mesh: Mesh) -> model_lib.Model:
     return state.model
 
 
+def _kind(tokenizer: str) -> str:
+    return tokenizer.partition(":")[0]
+
+
 def _folder(config: config_lib.Config) -> pathlib.Path:
-    return pathlib.Path(config.training.init_from).expanduser()
+    try:
+        return pathlib.Path(config.training.init_from).expanduser()
+    except RuntimeError:
+        raise config_lib.ConfigError(
+            f"training.init_from={config.training.init_from} begins with the home of a user that there is not; "
+            "write the path of a folder"
+        ) from None
 
 
 def _config(config: config_lib.Config) -> config_lib.Config:

@@ -8,6 +8,7 @@ import optax
 from flax import nnx
 
 from moejax import config as config_lib
+from moejax import partition
 from moejax.training import adafactor
 
 # Matrices in shape that are not weights of a linear map: Mamba's reference code does not decay A_log, and the
@@ -61,7 +62,7 @@ def decay_mask(model: optax.Params, kind: str) -> optax.Params:
     def of(path, node):
         return jax.tree.map(lambda _: decays(path, node), node)
 
-    return jax.tree_util.tree_map_with_path(of, model, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    return jax.tree_util.tree_map_with_path(of, model, is_leaf=partition.is_variable)
 
 
 def build(config: config_lib.Config) -> optax.GradientTransformation:

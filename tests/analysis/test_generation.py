@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import json
 import pathlib
 import random
 
@@ -166,3 +167,60 @@ def test_a_prompt_too_long_says_by_how_much(period, max_length, line):
         generation.write(run, request)
     expected = f"prompt 2 of 2 has 21 tokens and --num_tokens=12 more are asked for, together over {line}; shorten"
     assert str(caught.value).startswith(expected)
+
+
+@pytest.fixture
+def sample_of(tmp_path, monkeypatch):
+    """The request of a report's sample of a run with a checkpoint and its evaluation; None: it has no sample."""
+
+    def asked(config):
+        (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+        (tmp_path / "eval.json").write_text('{"step": 5}')
+        run = run_lib.Run(tmp_path, config, BYTES, None, 5, None)  # type: ignore
+        seen = []
+        monkeypatch.setattr(run_lib, "load", lambda _: run)
+        monkeypatch.setattr(generation, "write", lambda _, request: seen.append(request))
+        generation.complete(tmp_path)
+        assert len(seen) <= 1
+        return seen[0] if seen else None
+
+    return asked
+
+
+def encoder_decoder():
+    c = config_lib.Config()
+    c.model.encoder_period, c.model.num_encoder_periods = ("attention", "moe"), 1
+    c.model.period = ("attention", "cross_attention", "mlp")
+    c.data.objective, c.data.seq_length = "span_corruption", 12
+    return c
+
+
+@pytest.mark.parametrize(
+    ("inputs", "prompt"), [((" ", "is it?", "so?"), "is it?"), (("0" * 12, "0" * 11), "0" * 11), (("0" * 12,), None)]
+)
+def test_a_report_s_sample_of_pairs_is_of_the_first_held_out_input_that_fits(sample_of, tmp_path, inputs, prompt):
+    for name, texts in (("train", ["other"]), ("held", inputs)):
+        rows = [json.dumps({"input": text, "target": "y"}) for text in texts]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    c = encoder_decoder()
+    c.data.objective, c.data.packing, c.data.text_field, c.data.target_field = "text_to_text", "pad", "input", "target"
+    c.data.source, c.data.validation_source = f"files:{tmp_path}/train.jsonl", f"files:{tmp_path}/held.jsonl"
+    c.data.target_length = 40
+    request = sample_of(c)
+    if prompt is None:
+        assert request is None
+        return
+    assert (request.prompts, request.num_tokens) == ((prompt,), 40)
+    run = run_lib.Run(tmp_path, c, BYTES, model_lib.abstract(c.model), 5, None)  # type: ignore
+    generation._check_length(run, [generation._encode(run, prompt)], request)
+
+
+def test_a_report_s_sample_of_an_encoder_decoder_is_of_a_sentinel(sample_of):
+    c = encoder_decoder()
+    assert sample_of(c).prompts == ("<extra_id_0>",)
+
+
+def test_a_report_of_a_model_that_cannot_write_has_no_sample(sample_of):
+    c = encoder_decoder()
+    c.model.moe.router = "expert_choice"
+    assert sample_of(c) is None

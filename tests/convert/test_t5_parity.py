@@ -31,6 +31,7 @@ SIZES |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance"
 T5 = SIZES | {"num_layers": 2, "num_decoder_layers": 3}
 SWITCH = SIZES | {"num_layers": 4, "num_decoder_layers": 2, "num_sparse_encoder_layers": 2}
 SWITCH |= {"num_sparse_decoder_layers": 1, "num_experts": 4, "expert_capacity": 100}
+SWITCH |= {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
 
 # family, fields of its config, tokens a row of the encoder and of the decoder
 CASES: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
@@ -44,7 +45,10 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
         (11, 6),
     ),
     "switch with its losses": (
-        "SwitchTransformers", SWITCH | {"num_layers": 2, "num_sparse_encoder_layers": 1}, (11, 6)
+        "SwitchTransformers",
+        SWITCH | {"num_layers": 2, "num_sparse_encoder_layers": 1, "router_aux_loss_coef": 0.01,
+        "router_z_loss_coef": 0.001},
+        (11, 6),
     ),
 }  # fmt: skip
 
@@ -182,3 +186,16 @@ def test_weights_go_there_and_back_bit_for_bit_but_for_a_rounding_of_queries(cas
             np.testing.assert_allclose(back[name], tensor, rtol=3e-7)
         else:
             np.testing.assert_array_equal(back[name], tensor, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["router_aux_loss_coef", "router_z_loss_coef"])
+def test_losses_of_stacks_with_unlike_numbers_of_sparse_layers_are_refused(name):
+    """Theirs weighs a stack as a whole, ours each layer."""
+    transformers = pytest.importorskip("transformers")
+    hf = transformers.SwitchTransformersConfig(**SWITCH | {name: 0.01}).to_dict()
+    with pytest.raises(
+        config_lib.ConfigError, match=rf"^{name}=0\.01 weighs .* 2 sparse .* and 1 of the decoder .* to 0"
+    ):
+        t5.config_from_hf(hf, seq_length=8)
+    config = t5.config_from_hf(hf | {"num_sparse_encoder_layers": 1, "num_layers": 2}, seq_length=8)
+    assert {config.moe.balance_weight, config.moe.z_weight} == {0.0, 0.02}

@@ -1,5 +1,6 @@
 """Batches depend on the seed and the step alone, whoever reads them; every row once an epoch; the sides kept apart."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -10,7 +11,7 @@ import pytest
 import shards
 
 from moejax import config as config_lib
-from moejax.data import documents, pipeline, tokenizers
+from moejax.data import documents, pipeline, preparation, tokenizers
 
 KEYS = ["inputs_BL", "targets_BL", "segment_ids_BL", "positions_BL", "loss_mask_BL"]
 PACKINGS = ["best_fit", "concatenate", "sample", "pad"]
@@ -231,10 +232,20 @@ def test_the_digest_follows_the_documents_and_not_their_place(config, packing_na
     assert pipeline.load(config).digest != first.digest
 
 
-def test_span_corruption_needs_sentinels(config):
-    config.objective = "span_corruption"
-    with pytest.raises(config_lib.ConfigError, match=r"needs sentinel tokens, and data\.tokenizer=bpe has none; use"):
-        pipeline.load(config, tokenizers.Bytes())
+def test_span_corruption_needs_sentinels(config, tmp_path, monkeypatch):
+    config.packing = "concatenate"
+    preparation.prepare(config, tmp_path / "made")  # for another objective
+    config.objective, tokenizer = "span_corruption", tokenizers.Bytes()
+    with pytest.raises(config_lib.ConfigError, match=r"bytes tokenizer of the other run was .*; start from a run with"):
+        pipeline.load(config, tokenizer)
+    other = dataclasses.replace(config, source=f"prepared:{tmp_path}/made")
+    line = r"the bpe tokenizer of prepared:\S+ was made .*, without any; prepare the corpus with data\.objective=span_"
+    with pytest.raises(config_lib.ConfigError, match=line):
+        pipeline.load(other)
+    monkeypatch.setattr(tokenizers.Bytes, "name", "gpt2")
+    config.tokenizer = "gpt2"
+    with pytest.raises(config_lib.ConfigError, match=r"needs sentinel tokens, and data\.tokenizer=gpt2 has none; use"):
+        pipeline.load(config, tokenizer)
 
 
 # --- training ------------------------------------------------------------------------------------------------------

@@ -264,7 +264,7 @@ def test_every_parameter_of_every_branch_has_a_layout():
     d.mamba.moe_projections = config_lib.MAMBA_PROJECTIONS
     for config, router in ((c, "top_k"), (d, "noisy_top_k"), (d, "soft_moe")):  # no other has other parameters
         config.moe = config_lib.MoeConfig(router=router, num_shared_experts=1, activation="swiglu", slots_per_expert=2)
-        variables = jax.tree.leaves(model_lib.abstract(config), is_leaf=lambda node: isinstance(node, nnx.Variable))
+        variables = jax.tree.leaves(model_lib.abstract(config), is_leaf=partition.is_variable)
         for variable in variables:
             layout = adafactor.layout(variable)
             sizes = [variable.shape[dim] for dim in layout.stacks]

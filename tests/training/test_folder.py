@@ -23,3 +23,9 @@ from moejax.training import folder
 def test_a_run_goes_on_only_while_its_model_and_rows_stay_the_same(path, blocks):
     assert path in plain.flatten(config_lib.Config())
     assert folder.blocks_resume(path) is blocks
+
+
+def test_a_file_is_no_folder_of_a_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(config_lib.ConfigError, match=r"^--workdir=\S+file is a file; name the folder of a run$"):
+        folder.load_config(tmp_path / "file")

@@ -82,11 +82,42 @@ def test_another_model_or_tokenizer_is_refused_in_one_line_with_all_that_differs
     save_run(config, tmp_path / "a")
     config.training.init_from = str(tmp_path / "a")
     config.model.moe.capacity_factor, config.data.seq_length, config.model.remat = 0.0, 64, "period"
+    moe = config.model.moe
+    moe.min_capacity, moe.router_dtype, moe.exploration, moe.router_dropout = 4, "bfloat16", "dropout", 0.2
     initial.check(config)
     config.model.d_model, config.model.moe.activation, config.data.tokenizer = 32, "gelu", "bpe"
     line = r"^model\.d_model=32 and model\.moe\.activation=gelu and data\.tokenizer=bpe, but training\.init_from=\S+ "
     with pytest.raises(config_lib.ConfigError, match=line + r"has model\.d_model=16 and .*=relu and .*=bytes; make"):
         initial.check(config)
+
+
+def test_the_kind_of_a_tokenizer_matters_and_not_where_it_was_read(config, tmp_path):
+    save_run(config, tmp_path / "a")
+    path = tmp_path / "a" / folder.CONFIG_FILE
+    path.write_text(path.read_text().replace('"tokenizer": "bytes"', '"tokenizer": "sentencepiece:/data/spiece.model"'))
+    config.training.init_from, config.data.tokenizer = str(tmp_path / "a"), "sentencepiece:t5.model"
+    initial.check(config)
+    config.data.tokenizer = "hf:t5.model"
+    with pytest.raises(
+        config_lib.ConfigError, match=r"^data\.tokenizer=hf:t5\.model, but training\.init_from=\S+ has "
+    ):
+        initial.check(config)
+
+
+@pytest.mark.parametrize(
+    ("init_from", "line"),
+    [
+        ("FILE", "is a file; name the folder of a run"),
+        ("~nobody_of_this_name/x", "begins with the home of a user that "),
+    ],
+)
+def test_what_is_no_folder_is_refused_in_one_line(config, tmp_path, init_from, line):
+    (tmp_path / "file").write_text("")
+    config.training.init_from = init_from.replace("FILE", str(tmp_path / "file"))
+    with pytest.raises(config_lib.ConfigError) as error:
+        initial.check(config)
+    assert str(error.value).startswith(f"training.init_from={config.training.init_from} {line}")
+    assert "\n" not in str(error.value)
 
 
 def test_what_is_no_run_and_what_has_no_checkpoint_is_refused(config, tmp_path):
