@@ -38,7 +38,7 @@ NAMES = ("one_size", "law")
 def get_config(name: str = "one_size") -> config.Config:
     """Granularity 1."""
     if name not in NAMES:
-        raise ValueError(f"{name} is not known; write {' or '.join(NAMES)}")
+        raise config.ConfigError(f"{name} is not known; write {' or '.join(NAMES)}")
     c = _TABLE_4["get_config"]()
     c.model.moe.router = "top_k"
     c.model.moe.jitter = config.MoeConfig().jitter  # router=switch alone reads it
