@@ -13,6 +13,7 @@ from moejax import config as config_lib
 from moejax.analysis import run as run_lib
 
 CONFIG = f"--config={tiny.__file__}"
+SHORT = ("--config.training.num_steps=4", "--config.model.num_periods=1")  # less to compile
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def corpus(tmp_path_factory) -> pathlib.Path:
 def trained(corpus, tmp_path_factory) -> pathlib.Path:
     """A run of 4 steps on all eight devices of this process."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
-    assert cli.run(["train", f"{CONFIG}:{corpus}", f"--workdir={workdir}", "--config.training.num_steps=4"]) == 0
+    assert cli.run(["train", f"{CONFIG}:{corpus}", f"--workdir={workdir}", *SHORT]) == 0
     return workdir
 
 
@@ -165,7 +166,7 @@ def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
 
 def test_a_workdir_of_another_model_is_refused_by_the_first_field_and_nothing_changes(capsys, corpus, trained):
     before = snapshot(trained)
-    overrides = ["--config.training.num_steps=4", "--config.model.moe.num_experts=8", "--config.data.seed=1"]
+    overrides = [*SHORT, "--config.model.moe.num_experts=8", "--config.data.seed=1"]
     line = refused(capsys, "train", f"{CONFIG}:{corpus}", f"--workdir={trained}", *overrides)
     assert line.startswith(f"model.moe.num_experts=8 but the checkpoints in {trained} were made with")
     assert "model.moe.num_experts=4" in line
@@ -177,7 +178,7 @@ def test_documents_that_changed_under_a_run_are_refused_and_nothing_changes(caps
     extra = corpus / "zzz.txt"
     extra.write_text("one more document that was not there")
     try:
-        line = refused(capsys, "train", f"{CONFIG}:{corpus}", f"--workdir={trained}", "--config.training.num_steps=4")
+        line = refused(capsys, "train", f"{CONFIG}:{corpus}", f"--workdir={trained}", *SHORT)
     finally:
         extra.unlink()
     assert "the corpus has changed" in line
@@ -185,13 +186,13 @@ def test_documents_that_changed_under_a_run_are_refused_and_nothing_changes(caps
 
 
 def test_a_refused_resume_says_one_line_even_when_free_settings_changed_too(capsys, corpus, trained):
-    overrides = ["--config.training.num_steps=9", "--config.training.seed=3"]
+    overrides = [*SHORT, "--config.training.num_steps=9", "--config.training.seed=3"]
     line = refused(capsys, "train", f"{CONFIG}:{corpus}", f"--workdir={trained}", *overrides)
     assert line.startswith("training.seed=3 but")
 
 
 def test_a_parameter_that_does_not_divide_over_the_mesh_changes_nothing_on_disk(capsys, corpus, trained, tmp_path):
-    overrides = ["--config.training.num_steps=4", "--config.mesh.fsdp=1", "--config.mesh.expert=8"]
+    overrides = [*SHORT, "--config.mesh.fsdp=1", "--config.mesh.expert=8"]
     before = snapshot(trained)
     for workdir in (trained, tmp_path / "new"):
         line = refused(capsys, "train", f"{CONFIG}:{corpus}", f"--workdir={workdir}", *overrides)
@@ -216,7 +217,7 @@ def test_a_damaged_newest_checkpoint_is_one_line_and_the_rows_come_out_the_same(
     for path in (workdir / "checkpoints" / "4").rglob("*"):
         if path.is_file() and path.stat().st_size > 20_000:
             path.write_bytes(path.read_bytes()[:1000])
-    assert cli.run(["train", f"{CONFIG}:{corpus}", f"--workdir={workdir}", "--config.training.num_steps=4"]) == 0
+    assert cli.run(["train", f"{CONFIG}:{corpus}", f"--workdir={workdir}", *SHORT]) == 0
     log = capsys.readouterr().err
     assert len(re.findall(r"^the checkpoint of step 4 in .* is damaged .* falling back", log, re.MULTILINE)) == 1
     assert "resuming from step 3" in log
@@ -252,7 +253,7 @@ def test_a_prompt_that_is_too_long_says_by_how_much(capsys, trained):
 
 def test_a_finished_run_started_again_does_nothing_and_says_how_to_train_on(capsys, corpus, trained):
     before = files.read_rows(trained / "metrics.jsonl")
-    arguments = ["train", f"{CONFIG}:{corpus}", f"--workdir={trained}", "--config.training.num_steps=4"]
+    arguments = ["train", f"{CONFIG}:{corpus}", f"--workdir={trained}", *SHORT]
     assert cli.run(arguments) == 0
     assert "raise training.num_steps to train on" in capsys.readouterr().err
     assert files.read_rows(trained / "metrics.jsonl") == before
@@ -278,7 +279,7 @@ def test_generate_continues_prompts_alike_in_a_batch_alone_as_json_and_streamed(
     assert printed.out.startswith("the river")
     assert "\nunder the stone" in printed.out
     (line,) = printed.err.splitlines()
-    assert re.fullmatch(r"\d+ tokens, [\d.,]+ tokens/s; cache 1.8 kB a row, of constant size", line)
+    assert re.fullmatch(r"\d+ tokens, [\d.,]+ tokens/s; cache 0.9 kB a row, of constant size", line)
     assert cli.run([*arguments, f"--prompts={tmp_path / 'prompts'}", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert "".join(row["prompt"] + row["text"] + "\n" for row in rows) == printed.out

@@ -1,6 +1,49 @@
-"""Span corruption by definition, and T5's algorithm step by step as its TensorFlow code goes, the shuffle handed in."""
+"""Span corruption by definition, and T5's algorithm step by step as its TensorFlow code goes, the shuffle handed in.
+
+Also the examples that both files of tests of it take.
+"""
+
+import itertools
 
 import numpy as np
+
+from moejax.data import corruption
+
+FIRST, NUM, EOS, PAD = 32_099, 100, 1, 0  # T5: <extra_id_0> is the last of 32,100 ids
+DENSITY, MEAN = 0.15, 3.0
+
+
+def make_tokens(length, seed=0):
+    return np.random.default_rng(seed).integers(2, FIRST - NUM, size=length).astype(np.int32)
+
+
+def make_mask(length, share, seed):
+    """Any mask: it may begin or end with noise, or have one kind only."""
+    return np.random.default_rng(seed).random(length) < share
+
+
+def make_row(tokens, *, inputs_length=512, targets_length=114, seed=0, row=0, **options):
+    settings = {
+        "noise_density": DENSITY,
+        "mean_span_length": MEAN,
+        "first_sentinel": FIRST,
+        "num_sentinels": NUM,
+        "end_of_text": EOS,
+        "pad": PAD,
+    }
+    return corruption.row(
+        np.asarray(tokens, np.int32),
+        inputs_length=inputs_length,
+        targets_length=targets_length,
+        seed=seed,
+        row=row,
+        **{**settings, **options},
+    )
+
+
+def spans_of(mask):
+    """[(is noise, length), ...]"""
+    return [(bool(value), len(list(run))) for value, run in itertools.groupby(mask.tolist())]
 
 
 def t5_lengths(tokens_length, noise_density, mean_span_length):

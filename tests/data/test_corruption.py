@@ -5,48 +5,13 @@ import itertools
 import numpy as np
 import pytest
 import slow_corruption
+from slow_corruption import DENSITY, FIRST, MEAN, NUM, make_mask, make_tokens, spans_of
 
 from moejax import config as config_lib
 from moejax.data import corruption, randomness
 
-FIRST, NUM, EOS, PAD = 32_099, 100, 1, 0  # T5: <extra_id_0> is the last of 32,100 ids
-DENSITY, MEAN = 0.15, 3.0
-
 # The 99.9% points of chi-square, by degrees of freedom. The seeds are fixed, so a test passes always or never.
 CHI_SQUARE = {14: 36.12, 83: 128.56, 99: 148.23, 481: 582.57}
-
-
-def make_tokens(length, seed=0):
-    return np.random.default_rng(seed).integers(2, FIRST - NUM, size=length).astype(np.int32)
-
-
-def make_mask(length, share, seed):
-    """Any mask: it may begin or end with noise, or have one kind only."""
-    return np.random.default_rng(seed).random(length) < share
-
-
-def make_row(tokens, *, inputs_length=512, targets_length=114, seed=0, row=0, **options):
-    settings = {
-        "noise_density": DENSITY,
-        "mean_span_length": MEAN,
-        "first_sentinel": FIRST,
-        "num_sentinels": NUM,
-        "end_of_text": EOS,
-        "pad": PAD,
-    }
-    return corruption.row(
-        np.asarray(tokens, np.int32),
-        inputs_length=inputs_length,
-        targets_length=targets_length,
-        seed=seed,
-        row=row,
-        **{**settings, **options},
-    )
-
-
-def spans_of(mask):
-    """[(is noise, length), ...]"""
-    return [(bool(value), len(list(run))) for value, run in itertools.groupby(mask.tolist())]
 
 
 # ---- How many tokens, how many spans ----

@@ -162,7 +162,7 @@ def test_statistics_are_those_of_the_encoder_and_then_of_the_decoder(fill):
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_routing_group_is_the_same_rows_in_both_stacks(rows, fill):
     """At one slot an expert and group: what is dropped is what overflows it, among the tokens of so many rows."""
-    config = settings()
+    config = settings(encoder_period=("moe",), period=("cross_attention", "moe"))
     config.moe.eval_capacity_factor, config.moe.group_size = 1e-3, 0 if rows == 1 else rows * LENGTH
     _, aux = run(fill(lambda: make(config)), *draw_tokens())
     for layer, tokens in enumerate((slice(0, LENGTH), slice(LENGTH, None))):

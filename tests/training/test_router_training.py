@@ -67,15 +67,21 @@ def test_layout_changes_no_number_with_any_router(router):
 
 def test_the_gradient_of_the_balance_loss_does_not_depend_on_devices_or_microbatches():
     """The loss alone: with no token counted, the router's first update is that of the balance loss."""
-    config = settings("top_k")
-    config.data.batch_size, config.model.moe.balance_weight, config.model.num_periods = 16, 1.0, 1
-    config.model.moe.group_size = 2 * config.data.seq_length
+    config = balanced()
     expected = balance_gradient(config)
     config.training.num_microbatches = 4
     config.mesh = config_lib.MeshConfig(data=2, tensor=4)
     actual = balance_gradient(config)
     assert np.abs(expected).max() > 1e-3
     np.testing.assert_allclose(actual, expected, atol=2e-6, rtol=1e-4)
+
+
+def balanced() -> config_lib.Config:
+    """Groups of two rows, and a step that its two tests share."""
+    config = settings("top_k")
+    config.data.batch_size, config.model.moe.balance_weight = 16, 1.0
+    config.model.moe.group_size = 2 * config.data.seq_length
+    return config
 
 
 def balance_gradient(config: config_lib.Config) -> np.ndarray:
@@ -146,9 +152,7 @@ def test_a_step_draws_no_number_once_its_noise_is_off(router):
 
 
 def test_layers_are_summed_or_averaged():
-    config = settings("top_k")
-    config.model.moe.balance_weight, config.optimizer.clip_norm = 1.0, 0.0
-    gradients = {}
+    config, gradients = balanced(), {}
     for reduction in ("mean", "sum"):
         config.model.moe.layer_reduction = reduction
         gradients[reduction] = balance_gradient(config)

@@ -21,6 +21,7 @@ from moejax.training import checkpoint, evaluate, state, trainer
 
 TIMINGS = ("seconds", "tokens_per_second")
 NUM_STEPS = 32
+PERIOD = ("moe",)  # less to compile
 # tensorboardX imports torch where it is installed, which would be a third of what a short run takes.
 MOEJAX = "import sys; sys.modules['torch'] = None; from moejax import cli; cli.main(sys.argv[1:])"
 CONFIG_FILE = pathlib.Path(tiny.__file__)
@@ -45,12 +46,20 @@ def final_state(config: config_lib.Config, workdir: pathlib.Path) -> list[np.nda
 def command(corpus: pathlib.Path, workdir: pathlib.Path, *overrides: str) -> list[str]:
     config = f"--config={CONFIG_FILE}:{corpus}"
     run = [sys.executable, "-c", MOEJAX, "train", config, f"--workdir={workdir}"]
-    return [*run, f"--config.training.num_steps={NUM_STEPS}", *overrides]
+    return [*run, f"--config.training.num_steps={NUM_STEPS}", f"--config.model.period={PERIOD}", *overrides]
 
 
 def environment() -> dict[str, str]:
     """One device, and the compiled step kept between the processes of a test."""
-    return {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"  # the last one counts
+    return {**os.environ, "XLA_FLAGS": flags}
+
+
+def settings(corpus: pathlib.Path) -> config_lib.Config:
+    """What the command trains, but for its number of steps."""
+    config = tiny.get_config(str(corpus))
+    config.model.period = PERIOD
+    return config
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
@@ -99,7 +108,7 @@ def test_a_run_killed_and_started_again_writes_the_rows_and_parameters_of_a_stra
     assert done.returncode == 0, done.stderr
     assert "resuming from step" in done.stderr
     assert rows(workdir) == rows(straight)
-    config = tiny.get_config(str(corpus))
+    config = settings(corpus)
     config.training.num_steps = NUM_STEPS
     for ours, expected in zip(final_state(config, workdir), final_state(config, straight), strict=True):
         np.testing.assert_array_equal(ours, expected)
@@ -126,7 +135,7 @@ def test_rows_hold_what_the_report_needs_and_the_ema_and_token_count_run_through
     written = rows(straight)
     assert [row["step"] for row in written] == list(range(1, NUM_STEPS + 1))
     assert {row["step"] for row in written if "validation_loss" in row} == set(range(4, NUM_STEPS + 1, 4))
-    config = tiny.get_config(str(corpus))
+    config = settings(corpus)
     batches = pipeline.TrainBatches(pipeline.load(config.data), config.data)
     ema, tokens = written[0]["loss"], 0
     for step, row in enumerate(written):
@@ -156,7 +165,7 @@ def test_rows_after_the_checkpoint_are_written_again_and_a_cut_line_does_no_harm
 @pytest.fixture(scope="module")
 def compiled(corpus):
     """make_train_step of all runs in this process, which have eight devices: a row on each."""
-    config = on_eight_devices(tiny.get_config(str(corpus)))
+    config = on_eight_devices(settings(corpus))
     step = state.make_train_step(config, partition.make_mesh(config.mesh))
     return lambda *_: step
 
@@ -164,7 +173,7 @@ def compiled(corpus):
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step_and_the_last_good_checkpoint(
     corpus, compiled, tmp_path, monkeypatch
 ):
-    config = tiny.get_config(str(corpus))
+    config = settings(corpus)
 
     def poisoned(*arguments):
         step = compiled(*arguments)
@@ -187,7 +196,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step_and_the_last
 
 
 def test_a_signal_during_an_evaluation_still_saves_the_step(corpus, compiled, tmp_path, monkeypatch, capsys):
-    config = tiny.get_config(str(corpus))
+    config = settings(corpus)
     config.checkpoint.every = 1000
     real = evaluate.evaluate
 
