@@ -211,7 +211,7 @@ def _final(
                 capsize=3,
             )
         axes.set_xscale("log")
-        _value_ticks(axes, sorted(set(x.values())))
+        value_ticks(axes, sorted(set(x.values())))
         axes.set_xlabel(label)
         axes.set_ylabel(ylabel)
         axes.yaxis.set_major_formatter(ticker.FuncFormatter(figures.short))
@@ -337,14 +337,18 @@ def _number_axis(axes: mpl_axes.Axes, label: str) -> None:
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(figures.short))
 
 
-def _value_ticks(axes: mpl_axes.Axes, values: Sequence[float]) -> None:
+def value_ticks(axes: mpl_axes.Axes, values: Sequence[float]) -> None:
     """Ticks at the values themselves, as many as stand apart."""
     span = math.log(values[-1] / values[0]) or 1.0
     shown: list[float] = []
+    labels: list[str] = []
     for value in values:
-        if not shown or math.log(value / shown[-1]) > 0.09 * span:
+        label = figures.short(float(f"{value:.3g}"))
+        width = 0.035 + 0.018 * len(label)  # of the axis
+        if not shown or math.log(value / shown[-1]) > width * span:
             shown.append(value)
-    axes.set_xticks(shown, [figures.short(float(f"{value:.3g}")) for value in shown])
+            labels.append(label)
+    axes.set_xticks(shown, labels)
     axes.xaxis.set_minor_locator(ticker.NullLocator())
 
 

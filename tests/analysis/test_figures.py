@@ -5,9 +5,10 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib import figure as mpl_figure
 from report_pages import NUM_EXPERTS, NUM_LAYERS
 
-from moejax.analysis import figures, heatmaps
+from moejax.analysis import comparison_figures, figures, heatmaps
 
 # --- bins ------------------------------------------------------------------------------------------------------------
 
@@ -76,3 +77,17 @@ def test_many_layers_are_dealt_to_several_figures_of_one_scale():
     scales = [re.findall(r">(\d+(?:\.\d+)?)<", panel.svg.rpartition("MoE layer")[2]) for panel in panels]
     assert len(scales[0]) > 2
     assert all(scale == scales[0] for scale in scales)
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"]),
+        ([395_520, 466_944, 2_202_624, 2_231_296], ["396,000", "2.2M"]),
+    ],
+)
+def test_values_that_stand_too_near_for_their_labels_have_one_tick(values, shown):
+    axes = mpl_figure.Figure().add_subplot()
+    axes.set_xscale("log")
+    comparison_figures.value_ticks(axes, values)
+    assert [label.get_text() for label in axes.get_xticklabels()] == shown
