@@ -12,8 +12,7 @@ MoE-Mamba (arXiv 2401.04081), configs/moe_mamba.py:
 Switch Transformers (arXiv 2101.03961), configs/switch.py:
 
     switch_table_1    Base with 128 experts by router and capacity factor, against T5-Base and T5-Large
-    switch_table_2    precision
-    switch_table_3    the scale of the initialisers
+    switch_table_2    precision, and Table 3, the scale of the initialisers: its scale_small is precision_selective
     switch_table_7    8 to 256 experts, against T5-Base
     switch_table_9    the largest models
     switch_table_11   exploration
@@ -55,8 +54,7 @@ TABLES = {
     "table_4": ("moe_mamba", ("mamba_1b", *_select("moe_mamba", "experts"))),
     "table_7": ("moe_mamba", ("mamba_1b", *_select("moe_mamba", "sequential", "parallel"))),
     "switch_table_1": ("switch", ("t5_base_100k", "t5_large_100k", *_select("switch", "switch_base_128_", "moe_base"))),
-    "switch_table_2": ("switch", _select("switch", "precision")),
-    "switch_table_3": ("switch", _select("switch", "scale")),
+    "switch_table_2": ("switch", ("precision_selective", "precision_float32", "precision_bfloat16", "scale_large")),
     "switch_table_7": ("switch", ("t5_base", *(f"switch_base_{n}" for n in (8, 16, 32, 64, 128, 256)))),
     "switch_table_9": (
         "switch",
