@@ -82,4 +82,5 @@ def build(config: config_lib.Config) -> optax.GradientTransformation:
         update = optax.adamw(
             schedule(config), b1=c.beta1, b2=c.beta2, eps=c.eps, weight_decay=c.weight_decay, mask=mask
         )
-    return optax.chain(optax.clip_by_global_norm(c.clip_norm), update) if c.clip_norm else update
+    # without clipping too, so that a run may begin or end it: the state stays of one structure
+    return optax.chain(optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(), update)

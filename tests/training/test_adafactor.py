@@ -193,7 +193,7 @@ def test_without_its_two_bounds_an_update_is_the_gradient_over_its_root_mean_squ
 def test_the_state_of_a_factored_matrix_is_a_row_a_column_and_one_number(config):
     opt_state = jax.eval_shape(optimizer.build(config).init, model_lib.abstract(config.model))
     sizes: dict[str, int] = {}
-    for path, leaf in by_path(opt_state[0]._replace(count=None)).items():
+    for path, leaf in by_path(opt_state[1][0]._replace(count=None)).items():
         parameter = path.partition("/")[2]
         sizes[parameter] = sizes.get(parameter, 0) + leaf.size
     for path, leaf in by_path(model_lib.abstract(config.model)).items():
@@ -215,7 +215,7 @@ def mesh_of_eight(config):
 def test_statistics_lie_where_their_parameter_lies(config):
     """An axis of the mesh splits of a parameter's statistics what it splits of the parameter."""
     places = by_path(state.shardings(config, mesh_of_eight(config)).opt_state)
-    specs = {re.sub(r"^\d/(v_row|v_col|v)/", r"\1 ", path): place.spec for path, place in places.items()}
+    specs = {re.sub(r"^1/\d/(v_row|v_col|v)/", r"\1 ", path): place.spec for path, place in places.items()}
     spec = jax.sharding.PartitionSpec
     inner = "periods/blocks/{}/branches/0/{}/value"
     assert specs["v_row " + inner.format(2, "up")] == spec(None, "expert", None, "tensor")  # 10 of the 12 x 10

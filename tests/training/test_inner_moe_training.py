@@ -61,7 +61,7 @@ def test_auxiliary_losses_enter_the_objective_with_their_weight_as_a_mean_over_m
     batch["loss_mask_BL"] = np.zeros_like(batch["loss_mask_BL"])
     weight = before.model.periods.blocks[0].branches[0].gate_proj.router.weight[...]
     after, _ = steps.take(config, before, batch)
-    moment = after.opt_state[0].mu["periods"]["blocks"][0]["branches"][0]["gate_proj"]["router"]
+    moment = after.opt_state[1][0].mu["periods"]["blocks"][0]["branches"][0]["gate_proj"]["router"]
     direction = np.random.default_rng(0).normal(size=weight.shape).astype(np.float32)
     direction[0] = 0
 

@@ -154,3 +154,13 @@ def test_updates_equal_adamw_written_out_in_numpy(config, decay):
             params[i] = params[i] - float(rate(step)) * (mean / scale + decay_term)
         for ours, expected in zip(jax.tree.leaves(model), params, strict=True):
             np.testing.assert_allclose(ours, expected, rtol=2e-4, atol=2e-6)  # float32 against float64
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_a_run_may_begin_or_end_clipping(config, name):
+    config.optimizer.name = name
+    params = model_lib.abstract(config.model)
+    states = []
+    for config.optimizer.clip_norm in (0.0, 1.0):
+        states.append(jax.eval_shape(optimizer.build(config).init, params))
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])

@@ -89,7 +89,7 @@ def balance_gradient(config: config_lib.Config) -> np.ndarray:
     config.optimizer.clip_norm, config.optimizer.weight_decay, config.optimizer.warmup_steps = 0.0, 0.0, 0
     config.optimizer.learning_rate, config.optimizer.eps = 1.0, 1e6  # so an update is -g / 1e6
     after = steps.run(config, loss_mask_BL=np.zeros((config.data.batch_size, config.data.seq_length), bool)).last
-    moved = after.opt_state[0].mu["periods"]["blocks"][0]["branches"][0]["router"]["weight"][...]
+    moved = after.opt_state[1][0].mu["periods"]["blocks"][0]["branches"][0]["router"]["weight"][...]
     return np.asarray(moved, np.float64) / (1 - config.optimizer.beta1)
 
 
