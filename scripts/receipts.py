@@ -106,7 +106,7 @@ def record(folder: pathlib.Path, arguments: list[str], commit: str, hardware: st
     return [
         {
             "row": group["group"],
-            "command": " ".join(["moejax sweep", *arguments]),
+            "command": " ".join(["moejax sweep", *arguments, f"--workdir=runs/{folder.name}"]),
             "commit": rev.stdout.strip(),
             "hardware": hardware,
             "seeds": len(group["seeds"]),
