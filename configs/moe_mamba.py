@@ -17,8 +17,8 @@ matrix products, embedding and head included; speed-up: steps of Mamba over its 
     transformer_moe_100m    2,454,110,208    113,688,576    3.3e19    2.88    1.79
 
 In small (",mini", 3 seeds, validation loss), with --config.training.num_steps=1001 and warmup_steps=10: mamba_25m 3.204
-± 0.008, moe_mamba_25m 3.393 ± 0.000, transformer_25m 3.663 ± 0.003, transformer_moe_25m 3.784 ± 0.027. All differ
-beyond doubt, in another order than the paper's after 4,800 times the tokens.
+± 0.008, moe_mamba_25m 3.393 ± 0.000, transformer_25m 3.663 ± 0.003, transformer_moe_25m 3.784 ± 0.027. Each of
+the three differs from mamba_25m (p < 0.001); the order is not the paper's, which is that after 4,800 times the tokens.
 
 All others have 15,000 steps of 64 rows, 0.98B tokens, 3.0e17 to 3.2e17 FLOPs, as has Mamba without experts (mamba_1b),
 whose loss is 3.72.

@@ -43,6 +43,7 @@ def sums(model: model_lib.Model, batch: dict[str, Array], *, train: bool, with_z
         logits_BLV, moe_aux = model(
             batch["encoder_inputs_BL"],
             batch["decoder_inputs_BM"],
+            # where, as libtpu fails on some conversions of a mask to int32
             encoder_segment_ids_BL=jnp.where(batch["encoder_mask_BL"], 1, 0),
             decoder_segment_ids_BM=jnp.where(batch["loss_mask_BM"], 1, 0),
             keys_B=batch.get("keys_B"),

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch_threads
 
 from moejax import config as config_lib
 from moejax.convert import moe
@@ -158,14 +159,7 @@ def import_hf(family: str, settings: dict[str, Any]):
     return module, layer_class, getattr(transformers, config_class)(**(SMALL | fixed | settings))
 
 
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    """A second one only waits, and takes the time of a core that other tests could use."""
-    torch = pytest.importorskip("torch")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+one_torch_thread = pytest.fixture(torch_threads.one, autouse=True)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import torch_threads
 
 from moejax import config as config_lib
 from moejax.convert import t5
@@ -77,13 +78,7 @@ class Pair:
         )
 
 
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    torch = pytest.importorskip("torch")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+one_torch_thread = pytest.fixture(torch_threads.one, autouse=True)
 
 
 @functools.cache

@@ -160,7 +160,8 @@ def test_updates_equal_adamw_written_out_in_numpy(config, decay):
 def test_a_run_may_begin_or_end_clipping(config, name):
     config.optimizer.name = name
     params = model_lib.abstract(config.model)
-    states = []
-    for config.optimizer.clip_norm in (0.0, 1.0):
-        states.append(jax.eval_shape(optimizer.build(config).init, params))
-    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+    trees = []
+    for clip_norm in (0.0, 1.0):
+        config.optimizer.clip_norm = clip_norm
+        trees.append(jax.tree.structure(jax.eval_shape(optimizer.build(config).init, params)))
+    assert trees[0] == trees[1]
