@@ -60,8 +60,8 @@ parallel_N has a norm less in each of 8 blocks: 8,192 parameters less. In small,
 ± 0.004, parallel_8 3.826 ± 0.003, better by 0.019 (0.012 to 0.025).
 
 Recipe (Table 6, and the authors' code for what the paper does not say):
-- C4 in English, GPT-2 tokens; documents drawn with replacement until a row is full, which begins anywhere in the first
-  and wraps around; documents of a row see one another; the loss counts every position.
+- C4 in English, GPT-2 tokens; documents drawn with replacement until all but the longest are more than a row, which
+  begins anywhere in them and wraps around; documents of a row see one another; the loss counts every position.
 - AdamW (0.9, 0.999, 1e-8) with weight decay 0.1 of every parameter, norms and biases too; clipping at 0.5; linear
   warmup over 1 %, (step + 1) / warmup of the peak, then cosine to a tenth, and one more step there, as in the code.
 - Weights are normal with variance 0.1 / fan-in, cut at +-0.2, whatever the variance; the embedding's fan-in is 1; that
@@ -90,7 +90,8 @@ Where paper and code differ, and what gives the other reading:
 NAME,mini is the same row a quarter as wide and as deep, with a quarter of the experts where their number is not what
 the table varies (Tables 4 and 7), on text that needs no files: Wikipedia lead sections, BPE of 1,024 tokens, 2,000
 steps of 8 rows of 256, in float32. The learning rate is 4 times the row's, as the width is a quarter of it. Its 8 rows
-are as many groups as the row's 64 are: on several devices lower --config.model.moe.group_size, as above.
+are as many groups as the row's 64 are (of 100m, a group each): on several devices lower
+--config.model.moe.group_size, as above.
 
     moejax train --config=configs/moe_mamba.py:moe_mamba_25m --workdir=runs/moe_mamba_25m
     moejax train --config=configs/moe_mamba.py:moe_mamba_25m,mini --workdir=runs/moe_mamba_mini

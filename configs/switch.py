@@ -2,32 +2,37 @@
 --config=configs/switch.py:NAME.
 
 Quality is the log perplexity of span corruption on C4, in nats with the sign turned, by the paper: higher is better.
-Parameters are ours (`moejax params`), with the embedding; the paper's and those of its released code are the same to
-what they print. We have run none of these to the end.
+Parameters are ours (`moejax params`), with the embedding, active ones with the router. We have run none of these to the
+end.
 
-Table 9; FLOPs of a forward pass for a sequence, by the paper and ours (matrix products, head included):
+Table 9; parameters and FLOPs of a forward pass for a sequence, as printed and ours (matrix products, head included):
 
-    name                 parameters           FLOPs    ours     at 250k steps    at 500k steps
-    t5_base                    222,903,552    124B     142B     -1.599           -1.556
-    t5_large                   737,668,096    425B     481B     -1.402           -1.350
-    t5_xxl                  11,135,332,352    6.3T     7.0T     -1.147           -1.095
-    switch_base_128          7,415,217,408    124B     143B     -1.370           -1.306
-    switch_large_128        26,309,291,008    425B     483B     -1.248           -1.177
-    switch_xxl             394,675,073,024    6.3T     7.0T     -1.086           -1.008
-    switch_c             1,571,375,798,688    890B     1.1T     -1.096           -1.043
+    name                printed    total                active            FLOPs    ours    at 250k    at 500k steps
+    t5_base             0.2B             222,903,552       222,903,552    124B     142B    -1.599     -1.556
+    t5_large            0.7B             737,668,096       737,668,096    425B     481B    -1.402     -1.350
+    t5_xxl              11B           11,135,332,352    11,135,332,352    6.3T     7.0T    -1.147     -1.095
+    switch_base_128     7B             7,415,217,408       224,083,200    124B     143B    -1.370     -1.306
+    switch_large_128    26B           26,309,291,008       740,813,824    425B     483B    -1.248     -1.177
+    switch_xxl          395B         394,675,073,024    11,147,915,264    6.3T     7.0T    -1.086     -1.008
+    switch_c            1571B      1,571,375,798,688     1,795,152,288    890B     1.1T    -1.096     -1.043
 
 In small (",mini", 3 seeds, validation loss after 600 steps): t5_base 5.096 ± 0.051, switch_base_128 5.102 ± 0.023: too
 few steps to separate them.
 
 Tables 6 to 8, distillation, have switch_base_N of other numbers of experts, too; the quality is that of Table 7:
 
-    switch_base_8        619,339,008                  switch_base_64      3,790,748,928    -1.444
-    switch_base_16     1,072,397,568    -1.505        switch_base_128     7,415,217,408    -1.432
-    switch_base_32     1,978,514,688    -1.474        switch_base_256    14,664,154,368    -1.427
+    name               printed    total             active         quality
+    switch_base_8      -             619,339,008    222,977,280    -
+    switch_base_16     1.1B        1,072,397,568    223,051,008    -1.505
+    switch_base_32     2.0B        1,978,514,688    223,198,464    -1.474
+    switch_base_64     3.8B        3,790,748,928    223,493,376    -1.444
+    switch_base_128    7.4B        7,415,217,408    224,083,200    -1.432
+    switch_base_256    14.7B      14,664,154,368    225,262,848    -1.427
 
-Table 1, after 100k steps (hours to -1.50 on 32 TPU v3 cores): capacity factor 2.0, 1.25 or 1.0, written 200, 125, 100;
-MoE is top-2 (GShard), whose factor Mesh-TensorFlow does not multiply by the two choices, as ours is: it is half of it
-here. "plus" is 896 wide with 16 heads.
+Table 1, after 100k steps (hours to -1.50 on 32 TPU v3 cores): capacity factor 2.0, 1.25 or 1.0, written 200, 125, 100.
+MoE is top-2 (GShard), 7,415,217,408 parameters of which 280,706,304 are active; Mesh-TensorFlow does not multiply its
+factor by the two choices, as ours is: it is half of it here. "plus" is 896 wide with 16 heads: 8,667,602,176 and
+277,945,600. moe_base_top2_128 is moe_base_128_c125 for as long as t5_base.
 
     t5_base_100k            -1.731 (not reached)      switch_base_128_c200         -1.554 (72.8)
     t5_large_100k           -1.550 (131.1)            switch_base_128_c125         -1.553 (65.0)
@@ -39,8 +44,8 @@ Table 2, precision, 32 experts, early in training: precision_float32 -1.718, pre
 precision_selective -1.716, the router alone in float32. Norms, the residual stream and the loss are in float32 here in
 all of them, so that precision_bfloat16 is milder than the paper's. Table 3, the scale of the initialisers, 32 experts,
 after 3,500 steps, 3 seeds: scale_small (0.1) -2.72 (deviation 0.01), scale_large (1.0) -3.60 (0.68). Table 11,
-exploration, after an unstated number of steps: explore_argmax -1.471, explore_sample -1.570, explore_dropout -1.480,
-explore_jitter -1.468.
+exploration, after an unstated number of steps; 32 experts and 100,000 steps are our choice: explore_argmax -1.471,
+explore_sample -1.570, explore_dropout -1.480, explore_jitter -1.468.
 
 Recipe (the paper; T5X's and Mesh-TensorFlow's code for what it does not say):
 - C4 in English; spans of 3 tokens on average replaced by one sentinel each, 15 % of the tokens; 512 tokens for the
@@ -52,13 +57,14 @@ Recipe (the paper; T5X's and Mesh-TensorFlow's code for what it does not say):
 - RMSNorm before each layer and at the end of each stack, no biases, relative positions in 32 buckets up to 128, shared
   by the layers of a stack. Weights are normal with variance 0.1 / fan-in, cut at 2 deviations.
 - One expert a token, the gate its probability; every other feed-forward layer of both stacks (Switch-C: all).
-  Capacity factor 1.25 in training (large, C: 1.0) and 2.0 in evaluation (XXL: 4.0), in groups of 8,192 encoder tokens
+  Capacity factor 1.25 in training (C: 1.0) and 2.0 in evaluation (XXL: 4.0), in groups of 8,192 encoder tokens
   (large, XXL: 4,096; C: 2,048) and the decoder's of the same rows, rounded, at least 4 slots (XXL, C: 2). 0.01 times
   the load-balance loss of every layer; input jitter of 0.01; bfloat16 with the router in float32.
 
 Where paper and code differ, and what gives the other reading:
 - Base and Large have ReLU layers of 3,072 and 4,096 and a tied head, as released; Table 9 prints GEGLU layers of 2,048
   and 2,816: --config.model.mlp.activation=geglu --config.model.mlp.d_ff=2048, and the same of model.moe and d_expert.
+- T5-Large has 739M in the paper's text, which neither of the two makes.
 - XXL has 128 experts, which make the paper's 395B; its Table 9 prints 64, which make 201B.
 - Switch-C has 32 heads as in Table 9; the released code has 30, and 1,571B either way.
 - Losses of layers are added, as in Mesh-TensorFlow; T5X has their mean: --config.model.moe.layer_reduction=mean.
@@ -68,7 +74,8 @@ Where paper and code differ, and what gives the other reading:
   --config.model.moe.jitter=0; and multiplies gradients of experts by the number of parts they are split into, which
   Adafactor's scaling takes out again. flaxformer draws routers with deviation 0.02; here it is sqrt(0.1 / width),
   0.0114 for Base.
-- "plus" has heads of 56, as 896 wide; its 16 heads would be 14 of 64.
+- "plus" is said to go from 14 heads to 16, where Base has 12 in Table 9; here its 16 have 56 each, as 896 wide. With
+  64, as all others have: --config.model.attention.d_head=64.
 - C4 is version 2.2.0 there, 3.1.0 here.
 
 Hardware and time by `moejax plan`, which compiles the whole row for a TPU slice: lower bounds by the chips' published
@@ -82,9 +89,9 @@ rates, nothing was timed on one; ms are a step of 2^20 tokens, chip-hours all 50
 
 NAME,finetune is its recipe for pairs of texts (section 4.1), JSON lines with input and target: dropout 0.1, 0.4 of the
 experts' hidden units, learning rate 0.001, 16,000 steps. NAME,mini is the row in small: a third of the layers of an
-eighth of the width, and an eighth of the experts, 32 at most, on text that needs no files: Wikipedia lead sections, BPE
-of 1,024 tokens with its sentinels, 2,000 steps of 8 rows of 256; a fiftieth of the steps, as there, are at the first
-rate. Both: NAME,mini,finetune.
+eighth of the width, and an eighth of the experts, from 2 to 32, on text that needs no files: Wikipedia lead sections,
+BPE of 1,024 tokens with its sentinels, 2,000 steps of 8 rows of 256; a fiftieth of the steps, as there, are at the
+first rate. Both: NAME,mini,finetune.
 
     moejax data prepare --config=configs/switch.py --config.data.tokenizer=sentencepiece:FILE --output=c4
     moejax train --config=configs/switch.py:switch_base_128 --workdir=runs/switch_base \\
@@ -173,7 +180,7 @@ def switch_base(num_experts: int = 128) -> config.Config:
 def switch_large_128() -> config.Config:
     """Experts in every other feed-forward layer of T5-Large."""
     c = _switch(t5_large(), 128)
-    c.model.moe.capacity_factor, c.model.moe.group_size = 1.0, 4096
+    c.model.moe.group_size = 4096
     return c
 
 
@@ -196,13 +203,19 @@ def switch_c() -> config.Config:
     return c
 
 
-def table_1(factor: int = 125, *, top_2: bool = False, wide: bool = False) -> config.Config:
+def moe_base_top2_128() -> config.Config:
+    """Switch-Base with two experts a token, as GShard has them."""
+    c = switch_base()
+    c.model.moe.router = "gshard"
+    c.model.moe.capacity_factor /= 2
+    c.model.moe.eval_capacity_factor /= 2
+    return c
+
+
+def table_1(factor: int = 125, *, row: Callable[[], config.Config] = switch_base, wide: bool = False) -> config.Config:
     """Base with 128 experts by its capacity factor in hundredths; wide: with 896 and 16 heads of 56."""
-    c = short(switch_base)
-    c.model.moe.capacity_factor = factor / 100
-    if top_2:
-        c.model.moe.router = "gshard"
-        c.model.moe.capacity_factor, c.model.moe.eval_capacity_factor = factor / 200, 1.0
+    c = short(row)
+    c.model.moe.capacity_factor *= factor / 125
     if wide:
         c.model.d_model, c.model.attention.num_heads = 896, 16
     return c
@@ -272,7 +285,7 @@ def _mini(c: config.Config) -> config.Config:
     model.attention.d_head = 32 if model.attention.d_head else 0
     model.mlp.d_ff //= MINI
     model.moe.d_expert //= MINI
-    model.moe.num_experts = min(MINI_EXPERTS, max(1, model.moe.num_experts // MINI))
+    model.moe.num_experts = min(MINI_EXPERTS, max(2, model.moe.num_experts // MINI))
     model.num_periods = model.num_encoder_periods = model.num_encoder_periods // 3
     model.remat = "none"
     model.vocab_size = c.data.vocab_size = 1024
@@ -288,12 +301,18 @@ def _mini(c: config.Config) -> config.Config:
 
 
 ROWS: dict[str, Callable[[], config.Config]] = {
-    **{row.__name__: row for row in (t5_base, t5_large, t5_xxl, switch_large_128, switch_xxl, switch_c)},
+    **{
+        row.__name__: row
+        for row in (t5_base, t5_large, t5_xxl, switch_large_128, switch_xxl, switch_c, moe_base_top2_128)
+    },
     **{f"switch_base_{n}": functools.partial(switch_base, n) for n in (8, 16, 32, 64, 128, 256)},
     "t5_base_100k": short,
     "t5_large_100k": functools.partial(short, t5_large),
     **{f"switch_base_128_c{factor}": functools.partial(table_1, factor) for factor in (200, 125, 100)},
-    **{f"moe_base_128_c{factor}": functools.partial(table_1, factor, top_2=True) for factor in (200, 125, 100)},
+    **{
+        f"moe_base_128_c{factor}": functools.partial(table_1, factor, row=moe_base_top2_128)
+        for factor in (200, 125, 100)
+    },
     "switch_base_128_plus_c100": functools.partial(table_1, 100, wide=True),
     "precision_float32": functools.partial(precision, "float32"),
     "precision_bfloat16": functools.partial(precision, "bfloat16", "bfloat16"),

@@ -44,7 +44,9 @@ def main() -> None:
             if not row.startswith(only or ""):
                 continue
             c = reduce(file["get_config"](f"{row},mini"))
-            same = seen.setdefault(json.dumps([plain.to_dict(c)["model"], c.optimizer.schedule]), row)
+            same = seen.setdefault(
+                json.dumps([plain.to_dict(c)["model"], c.optimizer.schedule, c.training.num_microbatches]), row
+            )
             if same != row:
                 print(f"{name}.py:{row}: the program of {same}", flush=True)
                 continue

@@ -74,7 +74,7 @@ PAPER = {
         "Switch, Table 1",
         "t5_base_100k 1.731,t5_large_100k 1.550,switch_base_128_c200 1.554,switch_base_128_c125 1.553,"
         "switch_base_128_c100 1.561,switch_base_128_plus_c100 1.534,moe_base_128_c200 1.547,moe_base_128_c125 1.559,"
-        "moe_base_128_c100 1.572",
+        "moe_base_128_c100 1.572,moe_base_top2_128 -",
     ),
     **_table("Switch, Table 2", "precision_float32 1.718,precision_bfloat16 3.780,precision_selective 1.716"),
     **_table("Switch, Table 3", "scale_small 2.72,scale_large 3.60"),
@@ -102,7 +102,10 @@ def record(folder: pathlib.Path, arguments: list[str], commit: str, hardware: st
     unknown = sorted({group["group"] for group in numbers["groups"]} - {*PAPER})
     if unknown:
         raise config_lib.ConfigError(f"{folder} has {', '.join(unknown)}, which no paper's table has; record another")
-    rev = subprocess.run(["git", "rev-parse", "--short", commit], cwd=ROOT, capture_output=True, text=True, check=True)
+    named = ["git", "rev-parse", "--verify", "--quiet", "--short", f"{commit}^{{commit}}"]
+    rev = subprocess.run(named, cwd=ROOT, capture_output=True, text=True)
+    if rev.returncode:
+        raise config_lib.ConfigError(f"--commit={commit} is no commit of this repository; name one")
     return [
         {
             "row": group["group"],
@@ -138,8 +141,8 @@ def table(entries: list[dict[str, Any]]) -> str:
         for name, row in runpy.run_path(str(ROOT / "configs" / file))["ROWS"].items()
     }
     lines = [
-        "| row | parameters there, total / active | loss there | speed-up there | ran at, total / active | tokens, "
-        "seeds | our loss | our speed-up |",
+        "| row | parameters, total / active | loss there | speed-up there | ran at, total / active | tokens, seeds | "
+        "our loss | our speed-up |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for entry in sorted(entries, key=lambda entry: list(PAPER).index(entry["row"])):

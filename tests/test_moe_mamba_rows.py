@@ -9,6 +9,7 @@ import pytest
 from moejax import config as config_lib
 from moejax import rules
 from moejax.analysis import params
+from moejax.rules import checks
 
 FILE = runpy.run_path(str(pathlib.Path(__file__).resolve().parent.parent / "configs" / "moe_mamba.py"))
 ROWS, get_config = FILE["ROWS"], FILE["get_config"]
@@ -161,6 +162,43 @@ def test_a_row_has_the_tokens_and_rates_of_table_6(name, tokens, learning_rate, 
     assert c.model.moe.group_size == rows_of_a_group * 1024
 
 
+RECIPE = {  # of every row, by the paper's Table 6 and its code
+    "model.norm": "layernorm", "model.norm_eps": 1e-5, "model.final_norm": False, "model.tie_embeddings": False,
+    "model.init": "moe_mamba", "model.init_scale": 0.1, "model.rescale_out_proj": False, "model.dropout": 0.0,
+    "model.compute_dtype": "bfloat16", "model.vocab_size": V,
+    "model.mamba.d_state": N, "model.mamba.d_conv": W, "model.mamba.dt_rank": 0,
+    "model.attention.position": "rotary", "model.attention.rope_base": 10_000.0,
+    "model.mlp.activation": "relu", "model.moe.activation": "relu", "model.moe.bias": False,
+    "model.moe.router": "switch", "model.moe.jitter": 0.0, "model.moe.router_dtype": "float32",
+    "model.moe.capacity_factor": 1.0, "model.moe.eval_capacity_factor": 1.0, "model.moe.capacity_rounding": "down",
+    "model.moe.min_capacity": 1, "model.moe.layer_reduction": "mean", "model.moe.expert_dropout": 0.0,
+    "data.source": "tfds:c4/en:3.1.0", "data.tokenizer": "gpt2", "data.packing": "sample",
+    "data.isolate_documents": False, "data.objective": "next_token", "data.seq_length": 1024,
+    "optimizer.name": "adamw", "optimizer.schedule": "cosine", "optimizer.final_fraction": 0.1,
+    "optimizer.final_steps": 1, "optimizer.beta1": 0.9, "optimizer.beta2": 0.999, "optimizer.eps": 1e-8,
+    "optimizer.weight_decay": 0.1, "optimizer.decay": "all", "optimizer.clip_norm": 0.5,
+    "training.z_weight": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_row_has_the_recipe(name):
+    c = get_config(name)
+    assert {path: checks.get(c, path) for path in RECIPE} == RECIPE
+    assert c.model.moe.loss_weights() == {"balance": 0.01}
+    if c.model.uses("mlp"):
+        assert c.model.mlp.bias
+
+
+@pytest.mark.parametrize(
+    ("name", "slots"), [("moe_mamba_25m", 1560), ("transformer_moe_25m", 2048), ("parallel_8", 4096)]
+)
+def test_a_row_has_the_slots_of_its_code(name, slots):
+    """int(tokens on a device / experts)."""
+    moe = get_config(name).model.moe
+    assert moe.capacity(moe.group_size, moe.capacity_factor) == slots
+
+
 @pytest.mark.parametrize("name", COUNTS)
 def test_a_mini_row_is_the_row_in_small(name):
     c, whole = get_config(f"{name},mini"), get_config(name)
@@ -168,7 +206,9 @@ def test_a_mini_row_is_the_row_in_small(name):
     assert c.model.sublayers == whole.model.sublayers[: len(whole.model.sublayers) // 4]
     assert c.model.d_model * 4 == whole.model.d_model
     assert c.data.source == "wikipedia"
-    # the recipe is untouched
+    assert c.optimizer.learning_rate == pytest.approx(4 * whole.optimizer.learning_rate)
+    assert c.model.compute_dtype == "float32"
+    # all else of the recipe is the row's
     for field in ("norm", "final_norm", "tie_embeddings", "init", "init_scale", "mlp", "mamba", "causal"):
         small, large = getattr(c.model, field), getattr(whole.model, field)
         assert small == large or field == "mlp"

@@ -7,6 +7,8 @@ import pytest
 
 from moejax import config, rules
 from moejax.analysis import params
+from moejax.data import corruption
+from moejax.rules import checks
 
 FILE = runpy.run_path(str(pathlib.Path(__file__).resolve().parent.parent / "configs" / "switch.py"))
 ROWS, get_config = FILE["ROWS"], FILE["get_config"]
@@ -39,6 +41,7 @@ COUNTS = {
     "switch_large_128": model(1024, 4096, 24, heads=16, E=128),
     "switch_xxl": model(4096, 10_240, 24, heads=64, E=128, matrices=3, head=True),
     "switch_c": model(2080, 6144, 15, heads=32, E=2048, every=1, head=True),
+    "moe_base_top2_128": top_2(128),
     "switch_base_8": base(8),
     "switch_base_16": base(16),
     "switch_base_32": base(32),
@@ -64,10 +67,15 @@ COUNTS = {
     "explore_sample": base(32),
     "explore_argmax": base(32),
 }
-PRINTED = {  # billions, in Tables 6 to 9 and in the text
-    "t5_base": "0.2229", "t5_large": "0.74", "t5_xxl": "11", "switch_base_8": "0.619", "switch_base_16": "1.07",
+PRINTED = {  # billions, in Tables 6 to 9
+    "t5_base": "0.2", "t5_large": "0.7", "t5_xxl": "11", "switch_base_16": "1.1", "switch_base_32": "2.0",
+    "switch_base_64": "3.8", "switch_base_128": "7.4", "switch_base_256": "14.7", "switch_large_128": "26",
+    "switch_xxl": "395", "switch_c": "1571",
+}  # fmt: skip
+OF_THE_CODE = {  # billions, of the configs of flaxformer
+    "t5_base": "0.2229", "t5_large": "0.7377", "switch_base_8": "0.619", "switch_base_16": "1.07",
     "switch_base_32": "1.98", "switch_base_64": "3.79", "switch_base_128": "7.415", "switch_base_256": "14.66",
-    "switch_large_128": "26.3", "switch_xxl": "395", "switch_c": "1571",
+    "switch_large_128": "26.3", "switch_xxl": "394.7", "switch_c": "1571.4",
 }  # fmt: skip
 
 
@@ -77,14 +85,62 @@ def test_a_row_has_its_parameters(name):
     rules.validate(c)
     counts = params.count(c.model)
     assert (counts["total"], counts["active"]) == COUNTS[name]
-    if name in PRINTED:
-        assert f"{COUNTS[name][0]:,}" in get_config.__globals__["__doc__"]
-        digits = len(PRINTED[name].partition(".")[2])
-        assert f"{COUNTS[name][0] / 1e9:.{digits}f}" == PRINTED[name]
+    for there in (PRINTED, OF_THE_CODE):
+        if name in there:
+            digits = len(there[name].partition(".")[2])
+            assert f"{COUNTS[name][0] / 1e9:.{digits}f}" == there[name]
+    for count in COUNTS[name]:
+        assert f"{count:,}" in get_config.__globals__["__doc__"]
 
 
 def test_there_is_a_row_for_each_line():
     assert COUNTS.keys() == ROWS.keys()
+
+
+RECIPE = {  # of every row, by the paper (sections 2 and 4, Table 9) and T5X's code
+    "model.norm": "rmsnorm", "model.norm_eps": 1e-6, "model.final_norm": True, "model.init": "switch",
+    "model.embedding_std": 1.0, "model.dropout": 0.0, "model.attention.position": "relative",
+    "model.attention.num_buckets": 32, "model.attention.max_distance": 128, "model.mlp.bias": False,
+    "data.source": "tfds:c4/en:3.1.0", "data.objective": "span_corruption", "data.noise_density": 0.15,
+    "data.mean_span_length": 3.0, "data.packing": "concatenate", "data.seq_length": 512, "data.batch_size": 2048,
+    "optimizer.name": "adafactor", "optimizer.schedule": "inverse_sqrt", "optimizer.learning_rate": 1.0,
+    "optimizer.warmup_steps": 10_000, "optimizer.linear_decay": 0.0, "optimizer.weight_decay": 0.0,
+    "optimizer.clip_norm": 0.0, "optimizer.adafactor.decay_rate": 0.8, "optimizer.adafactor.eps": 1e-30,
+    "optimizer.adafactor.clip_rms": 1.0, "optimizer.adafactor.min_scale": 1e-3,
+    "optimizer.adafactor.scale_by_parameter": True, "optimizer.adafactor.min_factored_dim": 128,
+    "training.z_weight": 1e-4,
+}  # fmt: skip
+OF_EXPERTS = {
+    "model.moe.bias": False, "model.moe.jitter": 0.01, "model.moe.layer_reduction": "sum",
+    "model.moe.capacity_rounding": "nearest", "model.moe.expert_dropout": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_row_has_the_recipe(name):
+    c = get_config(name)
+    assert {path: checks.get(c, path) for path in RECIPE} == RECIPE
+    assert corruption.row_lengths(c.data) == (512, 114)
+    assert c.model.vocab_size == V
+    assert c.model.compute_dtype == ("float32" if name == "precision_float32" else "bfloat16")
+    assert c.model.init_scale == (1.0 if name == "scale_large" else 0.1)
+    untied = name in ("t5_xxl", "switch_xxl", "switch_c")
+    assert c.model.tie_embeddings == c.model.scale_tied_logits == (not untied)
+    steps = {"switch_base_128_": 100_000, "moe_base_128": 100_000, "explore": 100_000, "precision": 3500, "scale": 3500}
+    steps |= {"t5_base_100k": 100_000, "t5_large_100k": 100_000}
+    assert c.training.num_steps == next((steps[start] for start in steps if name.startswith(start)), 500_000)
+    activation = "geglu" if "xxl" in name else "relu"
+    assert c.model.mlp.activation == c.model.moe.activation == activation
+    if not name.startswith("t5"):
+        moe = c.model.moe
+        assert {path: checks.get(c, path) for path in OF_EXPERTS} == OF_EXPERTS
+        assert moe.loss_weights() == {"balance": 0.01}
+        assert moe.router == ("gshard" if name.startswith("moe") else "switch")
+        factors = {"switch_xxl": 4.0, "moe": 1.0}
+        assert moe.eval_capacity_factor == next((factors[start] for start in factors if name.startswith(start)), 2.0)
+        assert moe.min_capacity == (2 if name in ("switch_xxl", "switch_c") else 4)
+        assert moe.router_dtype == ("bfloat16" if name == "precision_bfloat16" else "float32")
+        assert moe.exploration == (name.partition("_")[2] if name.startswith("explore") else "jitter")
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -117,10 +173,11 @@ def test_a_row_in_small_keeps_its_recipe(name):
     ("name", "rows", "factor", "slots"),
     [
         ("switch_base_128", 16, 1.25, 80),
-        ("switch_large_128", 8, 1.0, 32),
+        ("switch_large_128", 8, 1.25, 40),
         ("switch_xxl", 8, 1.25, 40),
         ("switch_c", 4, 1.0, 2),  # one, but for the least
         ("moe_base_128_c200", 16, 1.0, 128),  # of two choices: 8192 / 128 * 2
+        ("moe_base_top2_128", 16, 0.625, 80),
         ("switch_base_32", 16, 1.25, 320),
     ],
 )

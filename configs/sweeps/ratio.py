@@ -16,8 +16,8 @@ it is, 16 layers. Parameters as counted (`--dry-run`), without embedding and hea
 
 The paper's caption says 542M parameters in all; with the numbers of experts of its code it is what is counted here.
 Its losses are in a figure alone, but for those without experts: 3.72 for mamba and 3.73 for 6to0. We have not run
-these. The rows and the recipe are those of configs/moe_mamba.py: learning rate 5e-4 as in the paper's code, without
-experts 1e-3 as in its Table 6.
+these. The rows and the recipe are those of configs/moe_mamba.py: learning rate 5e-4 as in the paper's code, of 6to0,
+too, and of mamba 1e-3 as in the paper's Table 6.
 
     moejax sweep --config=configs/sweeps/ratio.py --workdir=runs/ratio --dry-run
     moejax sweep --config=configs/sweeps/ratio.py --workdir=runs/ratio

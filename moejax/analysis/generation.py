@@ -289,8 +289,13 @@ def _check_length(run: run_lib.Run, prompts: list[list[int]], request: Request) 
     asked = f"{which} has {length} tokens and --num_tokens={request.num_tokens} more are asked for"
     remedy = "shorten the prompt, lower --num_tokens or raise --max_length"
     if run.config.model.has_encoder:
-        if max(length, request.num_tokens) > limit:
-            raise config_lib.ConfigError(f"{asked}, one of them over {what}={limit}; {remedy}")
+        # distances beyond those of training share a bucket, so a decoder may write as much as an encoder reads
+        written = request.max_length or max(corruption.row_lengths(run.config.data))
+        if length > limit:
+            raise config_lib.ConfigError(f"{asked}; the prompt is over {what}={limit}; {remedy}")
+        if request.num_tokens > written:
+            what = "--max_length" if request.max_length else "what the model was trained on"
+            raise config_lib.ConfigError(f"{asked}; these are over {what}={written}; {remedy}")
     elif length + request.num_tokens > limit:
         raise config_lib.ConfigError(f"{asked}, together over {what}={limit}; {remedy}")
 
@@ -338,13 +343,13 @@ def complete(workdir: pathlib.Path) -> None:
 def _sample(run: run_lib.Run) -> Request | None:
     """What a report's sample is of: a new text, or the first held-out input that the encoder has slots for."""
     data = run.config.data
-    if data.objective != "text_to_text":
-        begin = "<extra_id_0>" if run.config.model.has_encoder else ""
-        return Request(prompts=(begin,), num_tokens=data.seq_length // 2)
+    if not run.config.model.has_encoder:
+        return Request(prompts=("",), num_tokens=data.seq_length // 2)
     inputs_length, targets_length = corruption.row_lengths(data)
+    if data.objective != "text_to_text":
+        return Request(prompts=("<extra_id_0>",), num_tokens=targets_length)
     held_out = pipeline.open_texts(data).validation
     for pair in map(held_out.__getitem__, range(len(held_out))):
         if isinstance(pair, pairs.Pair) and pair.source.strip() and len(_encode(run, pair.source)) <= inputs_length:
-            longest = max(inputs_length, targets_length)
-            return Request(prompts=(pair.source,), num_tokens=targets_length, max_length=longest)
+            return Request(prompts=(pair.source,), num_tokens=targets_length)
     return None

@@ -28,3 +28,19 @@ def positive(hf: Mapping[str, Any], name: str) -> float:
     if type(value) not in (int, float) or not 0 < value < math.inf:
         raise config_lib.ConfigError(f"{name}={value!r} must be a positive number; change it")
     return float(value)
+
+
+def number(hf: Mapping[str, Any], name: str) -> float:
+    """The value of a field that must be a number of 0 or more; raises ConfigError otherwise."""
+    value = field(hf, name)
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise config_lib.ConfigError(f"{name}={value!r} must be a number of 0 or more; change it")
+    return float(value)
+
+
+def share(hf: Mapping[str, Any], name: str) -> float:
+    """The value of a field that must lie in [0, 1); raises ConfigError otherwise."""
+    value = number(hf, name)
+    if value >= 1:
+        raise config_lib.ConfigError(f"{name}={value!r} must lie in [0, 1); change it")
+    return value

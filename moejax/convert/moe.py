@@ -13,7 +13,6 @@ moejax/ops/routing.py: top_k for mixtral (arXiv 2401.04088) and olmoe (2409.0206
 E experts, D model, F hidden.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -212,12 +211,12 @@ def to_hf(family: str, layer: moe.Moe, *, per_expert: bool = False) -> dict[str,
 def _top_k_settings(hf: Mapping[str, Any], num_experts: int, top_k: int) -> dict[str, Any]:
     return {
         "normalise_gates": "before" if hf["norm_topk_prob"] else "none",
-        "balance_weight": _number(hf, "router_aux_loss_coef") * top_k,
+        "balance_weight": fields.number(hf, "router_aux_loss_coef") * top_k,
     }
 
 
 def _deepseek_settings(hf: Mapping[str, Any], num_experts: int, top_k: int) -> dict[str, Any]:
-    scale = _number(hf, "routed_scaling_factor")
+    scale = fields.number(hf, "routed_scaling_factor")
     if scale == 0:
         raise config_lib.ConfigError("routed_scaling_factor=0 would leave nothing of the experts; raise it")
     settings = {"num_shared_experts": fields.size(hf, "n_shared_experts"), "gate_scale": scale}
@@ -243,10 +242,10 @@ def _switch_settings(hf: Mapping[str, Any], num_experts: int, seq_length: int) -
     return {
         "capacity_factor": factor,
         "eval_capacity_factor": factor,
-        "jitter": _number(hf, "router_jitter_noise"),
-        "expert_dropout": _number(hf, "dropout_rate"),
-        "balance_weight": _number(hf, "router_aux_loss_coef"),
-        "z_weight": _number(hf, "router_z_loss_coef"),
+        "jitter": fields.number(hf, "router_jitter_noise"),
+        "expert_dropout": fields.share(hf, "dropout_rate"),
+        "balance_weight": fields.number(hf, "router_aux_loss_coef"),
+        "z_weight": fields.number(hf, "router_z_loss_coef"),
     }
 
 
@@ -255,13 +254,6 @@ def _activation(hf: Mapping[str, Any], field: str, columns: int) -> str:
     if name not in known:
         raise config_lib.ConfigError(f"{field}={name} must be {' or '.join(known)}; convert such a model")
     return known[name]
-
-
-def _number(hf: Mapping[str, Any], name: str) -> float:
-    value = fields.field(hf, name)
-    if type(value) not in (int, float) or not 0 <= value < math.inf:
-        raise config_lib.ConfigError(f"{name}={value!r} must be a number of 0 or more; change it")
-    return float(value)
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------

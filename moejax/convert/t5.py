@@ -58,7 +58,7 @@ def config_from_hf(hf: Mapping[str, Any], *, seq_length: int = 0) -> config_lib.
         norm_eps=fields.positive(hf, "layer_norm_epsilon"),
         tie_embeddings=tied,
         scale_tied_logits=scaled,
-        dropout=float(fields.field(hf, "dropout_rate")),
+        dropout=fields.share(hf, "dropout_rate"),
     )
     config.attention = config_lib.AttentionConfig(
         num_heads=fields.size(hf, "num_heads"),

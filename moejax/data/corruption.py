@@ -167,28 +167,6 @@ def corrupt(
     return inputs, targets
 
 
-def restore(inputs: np.ndarray, targets: np.ndarray, first_sentinel: int, num_sentinels: int) -> np.ndarray:
-    """The raw tokens, int32, from what `corrupt` returns; of a `row`, what the masks select but for EOS at its end.
-
-    Raises:
-      ValueError: inputs and targets do not have the same sentinels in the same order, or targets begin without one.
-    """
-    kept, spans = (
-        np.split(tokens, np.flatnonzero((first_sentinel - num_sentinels < tokens) & (tokens <= first_sentinel)))
-        for tokens in (inputs, targets)
-    )
-    sentinels, found = ([int(piece[0]) for piece in pieces[1:]] for pieces in (kept, spans))
-    if sentinels != found or len(spans[0]):
-        raise ValueError(
-            f"inputs have the sentinels {sentinels}, targets {found} after {len(spans[0])} tokens; "
-            "they must be the same, and the targets begin with one"
-        )
-    pieces = [kept[0]]
-    for span, rest in zip(spans[1:], kept[1:], strict=True):
-        pieces += [span[1:], rest[1:]]
-    return np.concatenate(pieces).astype(np.int32)
-
-
 def row(
     tokens_N: np.ndarray,
     *,

@@ -68,5 +68,10 @@ def check(objective: packing.Objective, found: documents.InMemory) -> int:
     sizes = np.array([objective.sizes(tokens) for tokens in found])
     too_long = sizes[:, 1] >= objective.targets_length
     if too_long.any():
-        raise objective.too_long(int(sizes[:, 1].max()), int(too_long.sum()))
+        longest, count = int(sizes[:, 1].max()) + 1, int(too_long.sum())
+        which = "a target has" if count == 1 else f"{count:,} targets are too long, the longest has"
+        raise config_lib.ConfigError(
+            f"data.target_length={objective.targets_length} slots of the decoder: {which} {longest:,} tokens with EOS; "
+            f"set data.target_length={longest}, or leave long pairs out"
+        )
     return int((sizes[:, 0] >= objective.inputs_length).sum())

@@ -97,28 +97,14 @@ class TextToText:
         return self.inputs_length + self.targets_length - 1
 
     def whole(self, tokens: np.ndarray) -> np.ndarray:
-        """A pair with as much of its input as the encoder has slots for.
-
-        Raises:
-          config.ConfigError: the target does not fit into the decoder.
-        """
-        num_inputs, num_targets = self.sizes(tokens)
-        if num_targets >= self.targets_length:
-            raise self.too_long(num_targets, 1)
+        """A pair with as much of its input as the encoder has slots for; its target fits (`objectives.check`)."""
+        num_inputs, _ = self.sizes(tokens)
         return np.concatenate([tokens[: min(num_inputs, self.inputs_length - 1)], tokens[num_inputs:]])
 
     def sizes(self, tokens: np.ndarray) -> tuple[int, int]:
         """Tokens of the input and of the target, without EOS."""
         num_inputs = int(np.argmax(tokens == self.end_of_text))
         return num_inputs, len(tokens) - num_inputs - 1
-
-    def too_long(self, longest: int, count: int) -> config_lib.ConfigError:
-        """For `count` targets that do not fit, the longest of so many tokens."""
-        which = "a target has" if count == 1 else f"{count:,} targets are too long, the longest has"
-        return config_lib.ConfigError(
-            f"data.target_length={self.targets_length} slots of the decoder: {which} {longest + 1:,} tokens with EOS; "
-            f"set data.target_length={longest + 1}, or leave long pairs out"
-        )
 
     def arrays(self, streams: Sequence[np.ndarray], index: int, labels: object = None) -> dict[str, np.ndarray]:
         """The arrays of one row (`corruption.slots`). index and labels are not used."""

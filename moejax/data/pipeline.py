@@ -42,7 +42,7 @@ class Data:
     num_documents: int  # to train on
     num_tokens: int | None  # of them, their ends included; None where nobody has counted
     num_left_out: int | None  # blank documents and entries that can't be read, of both sides; None: not counted
-    num_cut: int | None = 0  # pairs, of both sides, whose input is longer than the encoder; None: not counted
+    num_cut: int = 0  # pairs, of both sides, whose input is longer than the encoder
     labels: tuple[str, ...] = ()  # what documents are labelled with; () if they are not, or rows don't carry it
     train_labels: packing.LabelIds | None = None  # by document: place in labels; -1: not there; None: no labels
     validation_labels: packing.LabelIds | None = None
@@ -64,8 +64,8 @@ class Data:
 def load(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenizer | None = None) -> Data:
     """Opens the corpus, its tokenizer and its packer.
 
-    Held-out documents are always tokenised here, and training documents where the packer needs their lengths or they
-    are few (`ON_THE_FLY`); else they are read and tokenised row by row.
+    Held-out documents are always tokenised here, and training documents where the packer needs their lengths, as it
+    does of pairs, or they are few (`ON_THE_FLY`); else they are read and tokenised row by row.
 
     Args:
       config: the data of a run.
@@ -84,17 +84,17 @@ def load(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenizer | None =
     validation = documents.tokenize(texts.validation, tokenizer)
     _require_documents(len(validation), "held-out", "data.validation_source or data.source")
     num_cut = objectives.check(objective, validation)
-    on_the_fly = config.packing in ("sample", "pad") and texts.train.num_bytes > ON_THE_FLY
-    if on_the_fly:
+    are_pairs = config.objective == "text_to_text"
+    if config.packing in ("sample", "pad") and not are_pairs and texts.train.num_bytes > ON_THE_FLY:
         train: documents.OnTheFly | documents.InMemory = documents.OnTheFly(texts.train, tokenizer)
-        lengths = num_left_out = num_cut = None
+        lengths = num_left_out = None
         digest = cache.digest([texts.fingerprint, tokenizer.digest])
     else:
-        _check_in_memory(
-            texts.train,
-            f"data.packing={config.packing} needs the length of every document",
-            "set data.packing=sample or pad, or tokenise it once with moejax data prepare",
-        )
+        why = f"data.packing={config.packing} needs the length of every document"
+        remedy = "set data.packing=sample or pad, or tokenise it once with moejax data prepare"
+        if are_pairs:
+            why, remedy = "data.objective=text_to_text needs the length of every target", "name fewer files"
+        _check_in_memory(texts.train, why, remedy)
         train = documents.tokenize(texts.train, tokenizer)
         _require_documents(len(train), "training", "data.source")
         lengths = train.lengths

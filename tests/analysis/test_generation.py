@@ -1,6 +1,7 @@
 """Text comes out as it is certain, ends before a stop string, and is the same however its tokens arrive."""
 
 import argparse
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -12,7 +13,7 @@ import tiny
 from moejax import config as config_lib
 from moejax.analysis import generation
 from moejax.analysis import run as run_lib
-from moejax.data import tokenizers
+from moejax.data import corruption, tokenizers
 from moejax.models import model as model_lib
 
 BYTES = tokenizers.Bytes()
@@ -213,11 +214,17 @@ def test_a_report_s_sample_of_pairs_is_of_the_first_held_out_input_that_fits(sam
     assert (request.prompts, request.num_tokens) == ((prompt,), 40)
     run = run_lib.Run(tmp_path, c, BYTES, model_lib.abstract(c.model), 5, None)  # type: ignore
     generation._check_length(run, [generation._encode(run, prompt)], request)
+    over = dataclasses.replace(request, num_tokens=41)
+    with pytest.raises(config_lib.ConfigError, match=r"41 more are asked for; these are over .* trained on=40; "):
+        generation._check_length(run, [[1]], over)
+    with pytest.raises(config_lib.ConfigError, match=r"the prompt is over data\.seq_length, .*=12; shorten"):
+        generation._check_length(run, [[1] * 13], request)
 
 
 def test_a_report_s_sample_of_an_encoder_decoder_is_of_a_sentinel(sample_of):
     c = encoder_decoder()
-    assert sample_of(c).prompts == ("<extra_id_0>",)
+    request = sample_of(c)
+    assert (request.prompts, request.num_tokens) == (("<extra_id_0>",), corruption.row_lengths(c.data)[1])
 
 
 def test_a_report_of_a_model_that_cannot_write_has_no_sample(sample_of):

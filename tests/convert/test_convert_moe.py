@@ -268,6 +268,7 @@ def test_one_of_a_stack_of_layers_is_converted_and_the_stack_refused():
         ("switch", {"router_dtype": "bfloat16"}, "router_dtype=bfloat16 must be float32 for switch"),
         ("switch", {"expert_capacity": 0}, "expert_capacity=0 must be an integer of 1 or more; change it"),
         ("switch", {"dropout_rate": -0.1}, "dropout_rate=-0.1 must be a number of 0 or more; change it"),
+        ("switch", {"dropout_rate": 1}, "dropout_rate=1.0 must lie in [0, 1); change it"),
     ],
 )
 def test_what_we_cannot_express_is_refused_in_one_line(family, change, message):

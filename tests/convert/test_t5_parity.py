@@ -194,3 +194,10 @@ def test_losses_of_stacks_with_unlike_numbers_of_sparse_layers_are_refused(name)
         t5.config_from_hf(hf, seq_length=8)
     config = t5.config_from_hf(hf | {"num_sparse_encoder_layers": 1, "num_layers": 2}, seq_length=8)
     assert {config.moe.balance_weight, config.moe.z_weight} == {0.0, 0.02}
+
+
+@pytest.mark.parametrize("rate", [None, "x", 1.5, -0.1])
+def test_a_rate_of_dropout_that_is_none_is_refused(rate):
+    transformers = pytest.importorskip("transformers")
+    with pytest.raises(config_lib.ConfigError, match=rf"^dropout_rate={rate!r} must "):
+        t5.config_from_hf(transformers.T5Config(**SIZES).to_dict() | {"dropout_rate": rate})

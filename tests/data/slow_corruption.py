@@ -108,3 +108,17 @@ def slow_corrupt(tokens, mask, first_sentinel):
             targets.append(sentinel)
         targets.append(token)
     return inputs, targets
+
+
+def restore(inputs, targets, first_sentinel, num_sentinels):
+    """The raw tokens of what `corruption.corrupt` returns; of a row, what its masks select but for EOS at its end."""
+    kept, spans = (
+        np.split(tokens, np.flatnonzero((first_sentinel - num_sentinels < tokens) & (tokens <= first_sentinel)))
+        for tokens in (inputs, targets)
+    )
+    assert [int(piece[0]) for piece in kept[1:]] == [int(piece[0]) for piece in spans[1:]]
+    assert not len(spans[0])  # no token before the first sentinel
+    pieces = [kept[0]]
+    for span, rest in zip(spans[1:], kept[1:], strict=True):
+        pieces += [span[1:], rest[1:]]
+    return np.concatenate(pieces)

@@ -234,7 +234,7 @@ def test_masks_at_the_edges_worked_by_hand(mask, inputs, targets):
     results = corruption.corrupt(tokens, np.array(mask, bool), 99, 2)
     assert [result.tolist() for result in results] == [inputs, targets]
     assert [result.dtype for result in results] == [np.int32] * 2
-    assert corruption.restore(*results, 99, 2).tolist() == tokens.tolist()
+    assert slow_corruption.restore(*results, 99, 2).tolist() == tokens.tolist()
 
 
 @pytest.mark.parametrize("share", [0.05, 0.15, 0.5, 0.9])
@@ -246,9 +246,8 @@ def test_any_mask_equals_the_slow_definition_and_is_restored(share, dtype):
         mask = make_mask(length, share, seed)
         inputs, targets = corruption.corrupt(tokens, mask, FIRST, NUM)
         assert (inputs.tolist(), targets.tolist()) == slow_corruption.slow_corrupt(tokens, mask, FIRST)
-        restored = corruption.restore(inputs, targets, FIRST, NUM)
-        assert restored.dtype == np.int32
-        np.testing.assert_array_equal(restored, tokens)
+        assert (inputs.dtype, targets.dtype) == (np.int32, np.int32)
+        np.testing.assert_array_equal(slow_corruption.restore(inputs, targets, FIRST, NUM), tokens)
 
 
 def test_more_spans_than_sentinels_are_refused_and_as_many_are_not():
@@ -258,17 +257,3 @@ def test_more_spans_than_sentinels_are_refused_and_as_many_are_not():
     message = "a row of 6 tokens has 3 noise spans, but there are 2 sentinels; raise data.mean_span_length, or lower"
     with pytest.raises(config_lib.ConfigError, match=message):
         corruption.corrupt(tokens, mask, 99, 2)
-
-
-@pytest.mark.parametrize(
-    ("inputs", "targets"),
-    [
-        ([5, 99, 6], [99, 7, 98, 8]),  # a span that the inputs lack
-        ([5, 99, 6, 98], [99, 7]),
-        ([5, 98, 99], [99, 7, 98, 8]),  # another order
-        ([5, 99], [7, 99, 8]),  # a token before the first sentinel
-    ],
-)
-def test_inputs_and_targets_that_do_not_belong_together_are_not_restored(inputs, targets):
-    with pytest.raises(ValueError, match="they must be the same"):
-        corruption.restore(np.array(inputs), np.array(targets), 99, 2)

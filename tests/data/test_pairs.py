@@ -81,14 +81,12 @@ def test_rows_have_the_arrays_of_span_corruption(config):
     assert corruption.row_lengths(config) == (8, 8)
 
 
-@pytest.mark.parametrize("on_the_fly", [False, True])
-def test_an_epoch_reads_every_pair_once(config, monkeypatch, on_the_fly):
-    monkeypatch.setattr(pipeline, "ON_THE_FLY", 0 if on_the_fly else 2**25)
+def test_an_epoch_reads_every_pair_once(config):
     data = pipeline.load(config)
     assert data.num_documents == 4
     for _ in range(2):
         assert sorted(read_pairs(data, config, 4)) == sorted(PAIRS)
-    assert data.num_tokens == (None if on_the_fly else sum(len(a) + len(b) + 2 for a, b in PAIRS))
+    assert data.num_tokens == sum(len(a) + len(b) + 2 for a, b in PAIRS)
     assert data.validation.num_targets == len("out") + 1  # what the loss is a mean over
     assert data.validation.num_bytes == len("out")
 
@@ -120,7 +118,8 @@ def test_a_pair_with_a_blank_side_is_left_out_and_counted(config, tmp_path, side
     assert (data.num_documents, data.num_left_out) == (4, 1)
 
 
-def test_an_input_longer_than_the_encoder_is_cut_before_eos_and_counted(config, tmp_path):
+def test_an_input_longer_than_the_encoder_is_cut_before_eos_and_counted(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "ON_THE_FLY", 0)  # however large the corpus is
     write(tmp_path / "train.jsonl", [*PAIRS, ("0123456", "fits"), ("01234567", "cut"), ("0" * 20, "cut")])
     write(tmp_path / "held.jsonl", [("0123456789", "held")])
     data = pipeline.load(config)
@@ -132,12 +131,19 @@ def test_an_input_longer_than_the_encoder_is_cut_before_eos_and_counted(config, 
     assert summary.cut == pytest.approx((1 + 13) / whole)
 
 
-@pytest.mark.parametrize("on_the_fly", [False, True])
-def test_a_target_longer_than_the_decoder_is_refused_with_the_length_that_it_needs(config, monkeypatch, on_the_fly):
+def test_a_target_longer_than_the_decoder_is_refused_before_the_first_step(config, monkeypatch):
     config.target_length = 5
-    monkeypatch.setattr(pipeline, "ON_THE_FLY", 0 if on_the_fly else 2**25)
+    monkeypatch.setattr(pipeline, "ON_THE_FLY", 0)  # however large the corpus is
     with pytest.raises(config_lib.ConfigError, match=r"target_length=5 .* has 6 tokens with EOS; set .*length=6"):
-        read_pairs(pipeline.load(config), config, 4)
+        pipeline.load(config)
+
+
+def test_more_pairs_than_memory_holds_are_refused(config, monkeypatch):
+    monkeypatch.setattr(pipeline, "MAX_IN_MEMORY", 10)
+    with pytest.raises(
+        config_lib.ConfigError, match=r"text_to_text needs the length of every target; name fewer files"
+    ):
+        pipeline.load(config)
 
 
 def test_of_held_out_targets_too(config, tmp_path):
@@ -156,8 +162,7 @@ def test_a_record_without_its_target_is_named_with_the_setting(config, tmp_path)
         pipeline.load(config)
 
 
-def test_pairs_survive_the_way_to_a_worker(config, monkeypatch):
-    monkeypatch.setattr(pipeline, "ON_THE_FLY", 0)
+def test_pairs_survive_the_way_to_a_worker(config):
     batches = pipeline.TrainBatches(pipeline.load(config), config)
     for name, array in pickle.loads(pickle.dumps(batches))[1].items():
         np.testing.assert_array_equal(array, batches[1][name])
