@@ -89,6 +89,8 @@ rates, nothing was timed on one; ms are a step of 2^20 tokens, chip-hours all 50
 
     name                slice        mesh                HBM a chip    compute    HBM    ICI ms    MFU     chip-hours
     t5_base             v5p:4x4x4    data=64             4.6 GiB       37         60     2         49 %    536
+    t5_large            v5p:4x4x4    fsdp=64             5.7 GiB       125        153    16        66 %    1,361
+    t5_xxl              v5p:8x8x8    fsdp=512            3.8 GiB       232        177    248       74 %    17,604
     switch_base_128     v5p:4x4x4    fsdp=4 expert=16    5.7 GiB       40         67     23        44 %    599
     switch_large_128    v5p:4x4x4    fsdp=4 expert=16    13.1 GiB      138        182    69        56 %    1,614
     switch_xxl          v5p:8x8x8    fsdp=8 expert=64    23.2 GiB      251        218    504       36 %    35,867
