@@ -94,6 +94,7 @@ rates, nothing was timed on one; ms are a step of 2^20 tokens, chip-hours all 50
     switch_base_128     v5p:4x4x4    fsdp=4 expert=16    5.7 GiB       40         67     23        44 %    599
     switch_large_128    v5p:4x4x4    fsdp=4 expert=16    13.1 GiB      138        182    69        56 %    1,614
     switch_xxl          v5p:8x8x8    fsdp=8 expert=64    23.2 GiB      251        218    504       36 %    35,867
+    switch_c            v5p:8x8x8    expert=512          40.0 GiB      69         155    29        19 %    11,039
 
 NAME,finetune is its recipe for pairs of texts (section 4.1), JSON lines with input and target: dropout 0.1, 0.4 of the
 experts' hidden units, learning rate 0.001, 16,000 steps. NAME,mini is the row in small: a third of the layers of an
