@@ -74,8 +74,9 @@ PAPER = {
         "Switch, Table 1",
         "t5_base_100k 1.731,t5_large_100k 1.550,switch_base_128_c200 1.554,switch_base_128_c125 1.553,"
         "switch_base_128_c100 1.561,switch_base_128_plus_c100 1.534,moe_base_128_c200 1.547,moe_base_128_c125 1.559,"
-        "moe_base_128_c100 1.572,moe_base_top2_128 -",
+        "moe_base_128_c100 1.572",
     ),
+    "moe_base_top2_128": ("Switch, not in a table", "-", ""),
     **_table("Switch, Table 2", "precision_float32 1.718,precision_bfloat16 3.780,precision_selective 1.716"),
     **_table("Switch, Table 3", "scale_small 2.72,scale_large 3.60"),
     **_table(
@@ -89,7 +90,8 @@ def record(folder: pathlib.Path, arguments: list[str], commit: str, hardware: st
     """An entry for each finished group of the sweep.
 
     Raises:
-      ConfigError: the arguments make another sweep than the folder's, or a group is no row of a paper's table.
+      ConfigError: the arguments make another sweep than the folder's, a group is no row of a paper's table, or there is
+        no such commit.
     """
     parser = argparse.ArgumentParser(prog="what follows --")
     parser.add_argument("--config", required=True)

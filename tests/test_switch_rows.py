@@ -116,6 +116,13 @@ OF_EXPERTS = {
 }  # fmt: skip
 
 
+FACTORS = {  # of capacity in training and evaluation, of two experts a token half of them; all others 1.25 and 2.0
+    "switch_xxl": (1.25, 4.0), "switch_c": (1.0, 2.0), "moe_base_top2_128": (0.625, 1.0),
+    "switch_base_128_c200": (2.0, 2.0), "switch_base_128_c100": (1.0, 2.0), "switch_base_128_plus_c100": (1.0, 2.0),
+    "moe_base_128_c200": (1.0, 1.0), "moe_base_128_c125": (0.625, 1.0), "moe_base_128_c100": (0.5, 1.0),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", COUNTS)
 def test_a_row_has_the_recipe(name):
     c = get_config(name)
@@ -136,8 +143,10 @@ def test_a_row_has_the_recipe(name):
         assert {path: checks.get(c, path) for path in OF_EXPERTS} == OF_EXPERTS
         assert moe.loss_weights() == {"balance": 0.01}
         assert moe.router == ("gshard" if name.startswith("moe") else "switch")
-        factors = {"switch_xxl": 4.0, "moe": 1.0}
-        assert moe.eval_capacity_factor == next((factors[start] for start in factors if name.startswith(start)), 2.0)
+        factors = FACTORS.get(name, (1.25, 2.0))
+        assert (moe.capacity_factor, moe.eval_capacity_factor) == pytest.approx(factors)
+        rows = {"switch_large_128": 8, "switch_xxl": 8, "switch_c": 4}
+        assert moe.group_size == rows.get(name, 16) * 512
         assert moe.min_capacity == (2 if name in ("switch_xxl", "switch_c") else 4)
         assert moe.router_dtype == ("bfloat16" if name == "precision_bfloat16" else "float32")
         assert moe.exploration == (name.partition("_")[2] if name.startswith("explore") else "jitter")
@@ -167,6 +176,11 @@ def test_a_row_in_small_keeps_its_recipe(name):
     for one in (c, whole):  # the first rate of all
         assert one.optimizer.learning_rate / one.optimizer.warmup_steps**0.5 == pytest.approx(0.01)
     assert c.training.z_weight == whole.training.z_weight == 1e-4
+
+
+def test_rows_in_small_differ_in_experts_as_the_rows_do():
+    experts = [get_config(f"switch_base_{n},mini").model.moe.num_experts for n in (8, 16, 32, 64, 128, 256)]
+    assert experts == [1, 2, 4, 8, 16, 32]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,10 @@ TABLES = {
     "table_3": ("moe_mamba", ("mamba_1b", *_select("moe_mamba", "inner"))),
     "table_4": ("moe_mamba", ("mamba_1b", *_select("moe_mamba", "experts"))),
     "table_7": ("moe_mamba", ("mamba_1b", *_select("moe_mamba", "sequential", "parallel"))),
-    "switch_table_1": ("switch", ("t5_base_100k", "t5_large_100k", *_select("switch", "switch_base_128_", "moe_base"))),
+    "switch_table_1": (
+        "switch",
+        ("t5_base_100k", "t5_large_100k", *_select("switch", "switch_base_128_", "moe_base_128_")),
+    ),
     "switch_table_2": ("switch", ("precision_selective", "precision_float32", "precision_bfloat16", "scale_large")),
     "switch_table_7": ("switch", ("t5_base", *(f"switch_base_{n}" for n in (8, 16, 32, 64, 128, 256)))),
     "switch_table_9": (

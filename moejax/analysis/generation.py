@@ -38,7 +38,8 @@ class Request:
     temperature, top_k, top_p: see `generate.sample`.
     stop: a continuation ends before the first of these that occurs in it.
     max_length: most tokens of prompt and continuation together (of an encoder-decoder, of either); 0 means any number
-      where the cache does not grow with them, else data.seq_length, the length of training.
+      where the cache does not grow with them, else data.seq_length, the length of training (of what a decoder writes,
+      the longer row of the two stacks).
     label: of the documents, for router=label; "" is the first label that the run's documents have.
     """
 
@@ -289,13 +290,16 @@ def _check_length(run: run_lib.Run, prompts: list[list[int]], request: Request) 
     asked = f"{which} has {length} tokens and --num_tokens={request.num_tokens} more are asked for"
     remedy = "shorten the prompt, lower --num_tokens or raise --max_length"
     if run.config.model.has_encoder:
-        # distances beyond those of training share a bucket, so a decoder may write as much as an encoder reads
+        # a decoder may go on beyond its own rows, as far as the longer ones of the two stacks
         written = request.max_length or max(corruption.row_lengths(run.config.data))
         if length > limit:
-            raise config_lib.ConfigError(f"{asked}; the prompt is over {what}={limit}; {remedy}")
+            line = f"{which} has {length} tokens, over {what}={limit}; shorten the prompt or raise --max_length"
+            raise config_lib.ConfigError(line)
         if request.num_tokens > written:
-            what = "--max_length" if request.max_length else "what the model was trained on"
-            raise config_lib.ConfigError(f"{asked}; these are over {what}={written}; {remedy}")
+            of_rows = "" if request.max_length else ", the longer of data.seq_length and the decoder's row"
+            raise config_lib.ConfigError(
+                f"--num_tokens={request.num_tokens} is over {written}{of_rows}; lower it or raise --max_length"
+            )
     elif length + request.num_tokens > limit:
         raise config_lib.ConfigError(f"{asked}, together over {what}={limit}; {remedy}")
 

@@ -113,7 +113,8 @@ def build() -> argparse.ArgumentParser:
         "--max_length",
         type=int,
         default=0,
-        help="longest prompt + continuation (default: a training row with attention, else no limit)",
+        help="longest prompt + continuation, of an encoder-decoder either one (default: a training row with attention, "
+        "else no limit)",
     )
     writes_json(sub)
 

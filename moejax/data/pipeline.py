@@ -64,8 +64,8 @@ class Data:
 def load(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenizer | None = None) -> Data:
     """Opens the corpus, its tokenizer and its packer.
 
-    Held-out documents are always tokenised here, and training documents where the packer needs their lengths, as it
-    does of pairs, or they are few (`ON_THE_FLY`); else they are read and tokenised row by row.
+    Held-out documents are always tokenised here, and training documents where the packer needs their lengths, they are
+    pairs, whose targets must fit, or few (`ON_THE_FLY`); else they are read and tokenised row by row.
 
     Args:
       config: the data of a run.
@@ -93,7 +93,7 @@ def load(config: config_lib.DataConfig, tokenizer: tokenizers.Tokenizer | None =
         why = f"data.packing={config.packing} needs the length of every document"
         remedy = "set data.packing=sample or pad, or tokenise it once with moejax data prepare"
         if are_pairs:
-            why, remedy = "data.objective=text_to_text needs the length of every target", "name fewer files"
+            why, remedy = "data.objective=text_to_text needs the length of every target", "give fewer pairs"
         _check_in_memory(texts.train, why, remedy)
         train = documents.tokenize(texts.train, tokenizer)
         _require_documents(len(train), "training", "data.source")

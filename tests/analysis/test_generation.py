@@ -215,9 +215,9 @@ def test_a_report_s_sample_of_pairs_is_of_the_first_held_out_input_that_fits(sam
     run = run_lib.Run(tmp_path, c, BYTES, model_lib.abstract(c.model), 5, None)  # type: ignore
     generation._check_length(run, [generation._encode(run, prompt)], request)
     over = dataclasses.replace(request, num_tokens=41)
-    with pytest.raises(config_lib.ConfigError, match=r"41 more are asked for; these are over .* trained on=40; "):
+    with pytest.raises(config_lib.ConfigError, match="--num_tokens=41 is over 40, the longer of "):
         generation._check_length(run, [[1]], over)
-    with pytest.raises(config_lib.ConfigError, match=r"the prompt is over data\.seq_length, .*=12; shorten"):
+    with pytest.raises(config_lib.ConfigError, match=r"--prompt has 13 tokens, over data\.seq_length, .*=12; "):
         generation._check_length(run, [[1] * 13], request)
 
 

@@ -141,7 +141,7 @@ def test_a_target_longer_than_the_decoder_is_refused_before_the_first_step(confi
 def test_more_pairs_than_memory_holds_are_refused(config, monkeypatch):
     monkeypatch.setattr(pipeline, "MAX_IN_MEMORY", 10)
     with pytest.raises(
-        config_lib.ConfigError, match=r"text_to_text needs the length of every target; name fewer files"
+        config_lib.ConfigError, match=r"text_to_text needs the length of every target; give fewer pairs"
     ):
         pipeline.load(config)
 

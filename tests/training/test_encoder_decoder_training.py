@@ -164,8 +164,8 @@ def test_a_run_is_evaluated_and_counts_churn_in_both_stacks(trained):
     assert generation._encode(run, "a<extra_id_0>b<extra_id_99>") == [97, 356, 98, 257, 256]
     for request, expected in (
         ({"prompts": ("<extra_id_100>",)}, "number them from 0"),
-        ({"prompts": ("a" * 40,), "num_tokens": 3}, "the prompt is over data.seq_length, "),
-        ({"prompts": ("a",), "num_tokens": 33}, "these are over what the model was trained on=32; shorten"),
+        ({"prompts": ("a" * 40,), "num_tokens": 3}, "--prompt has 41 tokens, over data.seq_length, "),
+        ({"prompts": ("a",), "num_tokens": 33}, "--num_tokens=33 is over 32, the longer of data"),
     ):
         with pytest.raises(config_lib.ConfigError, match=expected) as error:
             generation.write(run, generation.Request(**request))
